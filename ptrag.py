@@ -1098,6 +1098,8 @@ def check(config):
     for name in ("model", "resume"):
         if getattr(config, name) and not (Path(getattr(config, name)) / "config.json").is_file():
             raise InputError(f"--{name} {getattr(config, name)}: not the folder of a run (no config.json in it)")
+    if config.output != Config.output and not config.predict:
+        raise InputError("--output goes with --predict GENE,GENE: a run is written to runs/NAME")
 
 
 def check_list(flag, values):
@@ -1137,7 +1139,12 @@ def configure(given):
         given = {"cells": 500, **given}
     config = replace(Config(), **given)
     check(config)
-    return config, None if config.predict else Path("runs") / (config.name or free_name(Path("runs"), config))
+    if config.predict:
+        return config, None
+    folder = Path("runs") / (config.name or free_name(Path("runs"), config))
+    if folder.exists() and processes()[0] == 0:
+        raise InputError(f"{folder}: exists; choose another --name, or continue it with --resume {folder}")
+    return config, folder
 
 
 def free_name(runs, config):
@@ -1167,6 +1174,7 @@ def processes():
 def run_training(config, folder):
     """Trains, predicts and evaluates: everything below runs/NAME."""
     import evaluate
+    started = time.monotonic()
     rank, ranks = processes()
     if config.sets % ranks:
         raise InputError(f"--sets {config.sets} cannot be shared equally by {ranks} processes")
@@ -1184,6 +1192,7 @@ def run_training(config, folder):
     if rank == 0:
         write_predictions(folder, models, dataset, split, config)
         evaluate.evaluate_runs([str(folder)], dataset, split)
+        print(f"{time.monotonic() - started:.0f} s in all")
 
 
 def run_prediction(config, method=None):

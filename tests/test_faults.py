@@ -314,7 +314,8 @@ def test_places_that_cannot_be_written_are_refused(tmp_path, capsys):
 def test_packing_broken_off_leaves_nothing_behind(tmp_path, sent):
     path = make(tmp_path / "x.h5ad")
     script = ("import os, runpy, sys, numpy, h5py; sys.path.insert(0, sys.argv.pop(1)); import data; write = os.pwrite\n"
-              "def slow(*arguments):\n    import time; print('writing', flush=True); time.sleep(2); return write(*arguments)\n"
+              "def slow(*arguments):\n    import time; print('writing', flush=True); time.sleep(2)\n"
+              "    os.pwrite = write; return write(*arguments)\n"
               "os.pwrite = slow; sys.argv[0] = data.__file__; runpy.run_path(data.__file__, run_name='__main__')")
     with subprocess.Popen([sys.executable, "-c", script, ROOT, "pack", path, "-o", tmp_path / "out.h5"], stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True) as process:
