@@ -854,7 +854,7 @@ def usable_cells(path, labels, control, embedded):
     if single.any():
         notes.append(f"{single.sum():,} conditions with a single cell left out")
         keep &= ~single
-    if not (keep & ~controls).any():
+    if embedded is not None and not (keep & ~controls).any():
         raise DataError(f"{path}: no perturbed cells are left to use ({'; '.join(notes) or 'all cells are controls'})")
     return keep, control, notes
 

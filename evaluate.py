@@ -568,7 +568,7 @@ def better_than(value, other, sign):
 
 
 def standing(floor, ceiling, collapse, sign):
-    """(separates, narrow): is the ceiling better than the floor; is the collapse better than the ceiling, by more than 0.1 % of their gap."""
+    """(separates, narrow): is the ceiling better than the floor; is the collapse better than the ceiling, by over 0.1 % of their gap."""
     narrow = better_than(collapse, ceiling, sign) and abs(collapse - ceiling) > 1e-3 * abs(ceiling - floor)
     return bool(better_than(ceiling, floor, sign)), bool(narrow)
 
@@ -1191,7 +1191,9 @@ def read_predicted(path, genes, options, files):
         notes.append(f"{path}: {len(extra)} genes that the real data do not hold are left out: {data.some(extra)}")
     place = {name: i for i, name in enumerate(names)}
     columns = np.array([place[gene] for gene in genes])
-    stored = matrix.values if matrix.layout == "dense" else data.gather_sparse(data.row_blocks(matrix), matrix.shape[1])
+    everything = np.arange(matrix.shape[1])
+    dense_blocks = ((first, data.dense_columns(block, everything)) for first, block in data.row_blocks(matrix))
+    stored = matrix.values if matrix.layout == "dense" else data.gather_sparse(dense_blocks, matrix.shape[1])
     counts = whole_numbers(matrix.values)
     if counts:
         notes.append(f"{path}: counts, normalised to 10,000 per cell and log1p'd")

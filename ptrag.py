@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -662,9 +663,10 @@ def use_hard_negatives(model, share):
 
 
 def suggest(name, known):
-    """" (did you mean A, B?)" from the known names closest to a misspelt one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [k for k in known if k.lower() == name.lower()]
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+    """" (did you mean A, B?)" from the known names closest to a misspelt one, whatever their case, or nothing."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    return f" (did you mean {', '.join(by_lower[k] for k in close)}?)" if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,7 +714,8 @@ def save_tensors(path, content):
 def load_tensors(path):
     """A file of `save_tensors`, on the CPU. InputError for anything else: nothing but tensors and plain containers is ever built."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):                                             # torch remarks on foreign pickles: refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception:
@@ -1200,9 +1203,9 @@ def run_prediction(config, method=None):
     import data
     stored = read_config(config.model)
     model = load(config.model, method)
-    if config.data:
+    if config.data:                                                                                # all its genes: the model's are among them
         dataset = data.load(config.data, config.genept or stored.genept or None, config.perturbation_column or None, config.cell_line_column or None,
-                            config.batch_column or None, config.control or None, genes=model.genes, need_embeddings=False)
+                            config.batch_column or None, config.control or None, hvg=sys.maxsize, need_embeddings=False)
         for note in dataset.notes:
             print(note)
     else:
@@ -1217,7 +1220,7 @@ def run_prediction(config, method=None):
     controls = dataset.cells(line, 0)                                                              # (m,)
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(controls, config.cells, replace=config.cells > len(controls)))       # (n,)
-    control = dataset.expression[rows]                                                             # (n, G)
+    control = align_genes(dataset.expression[rows], dataset.genes, model.genes, dataset.name)      # (n, G)
     gem_group = gem_group_codes(model, dataset, rows)
     neighbours = {}
 
@@ -1230,6 +1233,23 @@ def run_prediction(config, method=None):
 
     data.write_anndata(config.output, model.genes, blocks(), {"neighbours": neighbours, "model": {"method": model.method, "run": config.model}})
     print(f"wrote {config.output}: {len(genes)} x {len(rows)} predicted cells")
+
+
+def align_genes(expression, genes, wanted, name):
+    """Columns of expression (n, len(genes)) in the order of the `wanted` genes: (n, G). A gene that is missing counts as zero and is named.
+
+    InputError if fewer than four fifths of the wanted genes are there.
+    """
+    column = {gene: i for i, gene in enumerate(genes)}
+    missing = [gene for gene in wanted if gene not in column]
+    if len(missing) > 0.2 * len(wanted):
+        raise InputError(f"{name}: has {len(wanted) - len(missing)} of the model's {len(wanted)} genes, too few to predict from")
+    if missing:
+        print(f"{name}: {len(missing)} of the model's {len(wanted)} genes are missing and count as zero: {', '.join(missing)}")
+    aligned = np.zeros((len(expression), len(wanted)), np.float32)
+    present = [i for i, gene in enumerate(wanted) if gene in column]
+    aligned[:, present] = expression[:, [column[wanted[i]] for i in present]]
+    return aligned
 
 
 def learn_genes(model, dataset, genes):

@@ -402,7 +402,7 @@ def test_wrong_combinations_say_what_to_do(options, said, tmp_path, capsys):
 
 
 def test_misspelt_genes_and_lines_of_predict_are_answered_with_near_names(trained, capsys):
-    assert run(trained, "--predict", "GENE03", "--cell-line", "simA", "--model", "runs/m") == 2
+    assert run(trained, "--predict", "gene0003", "--cell-line", "simA", "--model", "runs/m") == 2
     assert "GENE003" in capsys.readouterr().err
     assert run(trained, "--predict", "GENE003", "--cell-line", "simX", "--model", "runs/m") == 2
     assert "simA, simB" in capsys.readouterr().err

@@ -202,10 +202,14 @@ def test_every_column_of_a_target_gene_named_twice_is_left_out_of_discrimination
 def test_pca_equals_the_singular_value_decomposition_however_the_cells_arrive():
     cells = (rng().normal(size=(40, 12)) @ rng(1).normal(size=(12, 12)) + 5).astype(np.float32)
     centre, axes = evaluate.fit_pca([cells[:7], cells[7:]], components=4)
-    assert (axes.gather(0, axes.abs().argmax(0, keepdim=True)) > 0).all()  # and the sign, arbitrary by itself, is always the same
     expected = np.linalg.svd(cells - cells.mean(0), full_matrices=False)[2][:4]
     assert np.allclose(centre, cells.mean(0), atol=1e-5)
     assert np.allclose(np.abs(expected @ axes.numpy()), np.eye(4), atol=1e-4)
+
+
+def test_pca_gives_every_axis_the_sign_that_makes_its_largest_entry_positive():
+    axes = evaluate.fit_pca([rng().normal(size=(90, 41))])[1]
+    assert axes.shape[1] == 40 and (axes.gather(0, axes.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("cells, genes, components", [(5, 30, 4), (30, 5, 4), (200, 80, 50), (2, 9, 1), (1, 9, 0)])
@@ -262,6 +266,16 @@ def test_the_other_half_of_the_real_cells_stands_exactly_at_the_ceiling():
     summary = evaluate.summarise(measured(dataset, lambda condition: dataset.expression[dataset.cells(*condition)]))
     rows = [row for row in summary if row["method"] == "method"]
     assert [row["position"] for row in rows] == pytest.approx([1] * len(rows))
+
+
+def test_discrimination_at_equal_counts_compares_with_the_same_half_of_every_perturbation():
+    dataset = made({("A", f"p{i}"): (6, rng(i).normal(0, 0.2, 6)) for i in range(12)}, noise=0.8)
+    cells = [dataset.expression[dataset.cells(0, p)] for p in range(1, 13)]
+    cut = [evaluate.halves(f"A:p{i}", 6, 0) for i in sorted(range(12), key=str)]
+    profiles, means = (np.stack([cell[half[side]].mean(0) for cell, half in zip(cells, cut)]) for side in (0, 1))
+    expected = [evaluate.discrimination(means[[i]], profiles, i, np.zeros(6, bool))[0] for i in range(12)]
+    found = measured(dataset, lambda condition: dataset.expression[:6]).equal[evaluate.CEILING, ""][:, COLUMN["discrimination"]]
+    assert found == pytest.approx(expected) and 0 < np.mean(found) < 1
 
 
 def test_joint_wasserstein_is_marked_where_many_dimensions_and_few_cells_reward_the_collapse():
@@ -392,6 +406,7 @@ def test_mann_whitney_agrees_with_reference_values_with_and_without_ties():
 def test_benjamini_hochberg_agrees_with_reference_values_and_passes_over_missing_ones():
     found = evaluate.benjamini_hochberg([0.01, 0.04, np.nan, 0.03, 0.5, 0.005])
     assert np.allclose(found, [0.025, 0.05, np.nan, 0.05, 0.5, 0.025], equal_nan=True)  # scipy.stats.false_discovery_control
+    assert np.allclose(evaluate.benjamini_hochberg([0.01, 0.011, 0.02, 0.5]), [0.022, 0.022, 0.02 * 4 / 3, 0.5])  # never falling with p
 
 
 def summarised(table, reference="ptrag"):
@@ -445,9 +460,9 @@ def test_settled_selection_is_said_in_words():
 
 
 def test_response_similarity_compares_candidates_with_the_rest_of_the_pool():
-    dataset = made({("A", name): (4, np.zeros(6)) for name in "abcdq"})
+    dataset = made({("A", name): (4, np.zeros(6)) for name in "abcdeq"})
     unit = np.eye(6)
-    responses = {(0, 5): unit[0], (0, 1): unit[0] * 2, (0, 2): unit[0] + unit[1], (0, 3): unit[1], (0, 4): -unit[0]}
+    responses = {(0, 6): unit[0], (0, 5): unit[0], (0, 1): unit[0] * 2, (0, 2): unit[0] + unit[1], (0, 3): unit[1], (0, 4): -unit[0]}
     groups = evaluate.grouped(candidates("A", "q", {"a": 0.9, "b": 0.2, "c": 0.1, "missing": 1.0}))
     found = evaluate.response_similarity(dataset, groups, responses, pool={"a", "b", "c", "d"})
     assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(
@@ -527,7 +542,7 @@ def test_neither_the_order_of_the_genes_nor_the_layout_of_a_file_matters_and_run
     assert tables[0] == tables[1] == tables[2] == tables[3]
 
 
-def test_counts_in_both_files_are_normalised_alike(files):
+def test_counts_in_both_files_are_normalised_alike_and_predicted_controls_passed_over(files, capsys):
     folder, dataset = files
     counts = rng(5).poisson(30 * np.exp(0.3 * dataset.expression)).astype(np.float32)
     deeper = np.where(np.arange(len(counts))[:, None] % 2, 1, 3) * counts  # sequenced deeper, the same cells
@@ -535,6 +550,10 @@ def test_counts_in_both_files_are_normalised_alike(files):
     write(folder / "deeper.h5ad", dataset, np.arange(len(counts)), deeper.astype(np.float32))
     assert run("--real", folder / "counts.h5ad", "--pred", folder / "deeper.h5ad", "-o", folder / "out") == 0
     assert all(float(row["mae"]) < 1e-5 and float(row["w1"]) < 1e-3 for row in read(folder / "out" / "metrics.csv"))
+    assert "left out" not in capsys.readouterr().out
+    assert run("--real", folder / "counts.h5ad", "--pred", folder / "deeper.h5ad", "-o", folder / "few", "--max-cells", 5) == 0
+    assert {(row["n_real"], row["n_pred"]) for row in read(folder / "few" / "metrics.csv")} == {("5", "5")}
+    assert "6 of 6 conditions have more than 5 cells" in capsys.readouterr().out
 
 
 def test_wrong_files_end_with_one_line_and_status_2(files, capsys):
