@@ -825,7 +825,7 @@ def footnotes(summary):
     if any(math.isnan(row["position"]) and not math.isnan(row["mean_equal"]) for row in summary):
         notes.append("– as a position: the ceiling is not better than the floor, so this metric cannot tell them apart here")
     if any(row["seeds"] > 1 for row in summary):
-        notes.append("± standard deviation over seeds; the value before it is their mean")
+        notes.append("± standard deviation over seeds (and draws, SEED.DRAW); the value before it is their mean")
     few = sorted({(METRICS[row["metric"]][0], row["conditions"]) for row in summary if row["metric"] in ("pearson_deg", "spearman_deg")
                   and row["method"] == FLOOR and row["conditions"] < max(r["conditions"] for r in summary)})
     notes += [f"{heading}: {count} conditions count, the others have fewer than two expressed differentially" for heading, count in few]

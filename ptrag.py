@@ -73,10 +73,11 @@ class Config:
     # method
     method: str = option("state,state-genept,vanilla-rag,ptrag", "methods to train, separated by commas")
     top_k: int = option(32, "K, candidates retrieved per perturbation", low=1)
-    pool: str = option("train", "genes that can be retrieved: with training cells, also validation, or all", choices=("train", "trainval", "full"))
-    candidates: str = option("nearest", "candidates by similarity, or drawn at random from the pool (ablation)", choices=("nearest", "random"))
+    pool: str = option("train", "genes to retrieve: with training cells, also validation, or all", choices=("train", "trainval", "full"))
+    candidates: str = option("nearest", "candidates by similarity, or at random from the pool (ablation)", choices=("nearest", "random"))
     selection: str = option("learned", "stage 2, or every candidate used (ablation)", choices=("learned", "all"))
     select: str = option("expected", "how a trained selection is used at test time", choices=("expected", "threshold", "sample"))
+    draws: int = option(1, "with --select sample: how often test conditions are drawn; the table shows mean and spread", low=1)
     temperature: float = option(0.5, "temperature of the Gumbel-Softmax", above=0)
     sparsity: float = option(0.1, "weight of the sparsity penalty on selected candidates", low=0)
     keep_query: bool = option(False, "add cell and query to the retrieved context (not the paper's method)")
@@ -205,10 +206,10 @@ class Selector(nn.Module):
         W z_sk = (W g) [c_s - m; p - m; p_k - m] r_sk + W b,      m the mean and r_sk one over the standard deviation of the 3h numbers.
     Subtracting the mean before W g is the same as giving each row of W g the mean zero. Call that W': then
         W z_sk = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W b:
-    one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts. Both maps
-    that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a product of
-    (S, K) and (K, h); only the GELU of the MLP has to see every pair, and it does so in chunks that fit the cache, computed again in
-    the backward pass instead of kept.
+    one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts.
+    Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
+    product of (S, K) and (K, h); only the GELU of the MLP has to see every pair, and it does so in chunks that fit the cache,
+    computed again in the backward pass instead of kept.
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
@@ -353,7 +354,7 @@ class Generator(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps=1e-6)
         for weight in self.parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)                                                  # small: every block starts near the identity
+                nn.init.normal_(weight, std=0.02)                                                  # every block starts near the identity
 
     def forward(self, x):
         """x (B, S, h) -> (B, S, h)"""
@@ -525,7 +526,7 @@ def sinkhorn_steps(cost, f, g, epsilon, steps=10, relaxation=1.7):
     """Over-relaxed Sinkhorn steps on the potentials f (B, n, 1), g (B, 1, m) of cost (B, n, m), with epsilon (B, 1, 1).
 
     The kernel takes in the potentials the steps start from, so the factors u, v stay near one and each step is a matrix product:
-    u <- u^(1-r) (row sums wanted / row sums found)^r, and v the same with columns. The potentials then move by epsilon log u, epsilon log v.
+    u <- u^(1-r) (row sums wanted / row sums found)^r, v the same with columns. The potentials then move by epsilon log u, epsilon log v.
     """
     n, m = cost.shape[1:]
     kernel = torch.exp(((f + g - cost) / epsilon).clamp(max=600)) / (n * m)                        # (B, n, m)
@@ -611,7 +612,8 @@ def validate(model, batches, run):
 
 def on_device(batch, device):
     """Control (B, S, G), target (B, S, G), perturbation (B,), gem group (B, S) of a batch of numpy arrays, as tensors."""
-    return [torch.from_numpy(array).to(device, non_blocking=True) for array in (batch.control, batch.target, batch.perturbation, batch.batch)]
+    arrays = (batch.control, batch.target, batch.perturbation, batch.batch)
+    return [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,7 +634,7 @@ def predict(model, control, perturbation, gem_group=None, set_size=64, seed=0):
     control: (n, G) float array, log1p, n a multiple of `set_size` (or any n: the last set is filled up from the first cells)
     perturbation: name of a gene the model knows (see `add_perturbation`), or its index, or an (n / set_size,) array of indices, one a set
     gem_group: (n,) int array, read only with the batch covariate
-    returns Prediction, cell i made from control cell i. Depends on `seed` only with `select = "sample"`.
+    returns Prediction, cell i made from control cell i. Depends on `seed` (one or several numbers) only with `select = "sample"`.
     """
     device = model.output.weight.device
     if isinstance(perturbation, str):
@@ -645,7 +647,7 @@ def predict(model, control, perturbation, gem_group=None, set_size=64, seed=0):
     perturbation = torch.as_tensor(np.broadcast_to(perturbation, sets).copy(), device=device)                               # (B,)
     if gem_group is not None:
         gem_group = torch.from_numpy(np.asarray(gem_group)[fill]).view(sets, set_size).to(device)                           # (B, S)
-    torch.manual_seed(seed)
+    seed_torch(*np.atleast_1d(seed))
     cells, selection = model.eval()(control, perturbation, gem_group)                                                       # (B, S, G)
     probability = None
     if selection is not None:
@@ -677,6 +679,11 @@ def use_hard_negatives(model, share):
         candidates, similarity = retrieve(model.embeddings, model.pool, k, how="least")
         model.candidates[:, k - count:] = candidates[:, :count].flip(1)
         model.similarity[:, k - count:] = similarity[:, :count].flip(1)
+
+
+def seed_torch(*numbers):
+    """Seeds torch from several whole numbers, mixed into the 32 bits that its CPU generator reads."""
+    torch.manual_seed(int(np.random.SeedSequence([int(number) for number in numbers]).generate_state(1)[0]))
 
 
 def suggest(name, known):
@@ -731,12 +738,12 @@ def save_tensors(path, content):
 def load_tensors(path):
     """A file of `save_tensors`, on the CPU. InputError for anything else: nothing but tensors and plain containers is ever built."""
     try:
-        with warnings.catch_warnings(action="ignore"):                                             # torch remarks on foreign pickles: refused below
+        with warnings.catch_warnings(action="ignore"):                                             # torch's remarks on foreign pickles
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception:
-        raise InputError(f"{path}: not a model or checkpoint of this program (only tensors and plain values are read)") from None
+        raise InputError(f"{path}: not a model or checkpoint of this program, or damaged; nothing in it was run") from None
 
 
 LOG_COLUMNS = ("method", "seed", "step", "loss", "energy", "sparsity", "validation")
@@ -800,7 +807,7 @@ class Run:
     # -- in every step
 
     def seed_step(self, step):
-        torch.manual_seed((self.config.seed << 32) + step * self.ranks + self.rank)
+        seed_torch(self.config.seed, step, self.rank)
 
     def precision(self):
         """bfloat16 where asked, else nothing."""
@@ -930,10 +937,10 @@ def load(run, method=None, seed=None):
         raise InputError(f"{path}: not a model of this program")
     if saved["version"] != 1:
         raise InputError(f"{path}: model format {saved['version']} is newer than this program reads: use the program that wrote it")
-    names = [name for name in saved["models"] if method in (None, name.rpartition("-")[0]) and str(seed) in ("None", name.rpartition("-")[2])]
+    names = sorted(saved["models"], key=lambda name: not name.startswith("ptrag-"))                # each METHOD-SEED
+    names = [name for name in names if method in (None, name.rpartition("-")[0]) and seed in (None, int(name.rpartition("-")[2]))]
     if not names:
-        raise InputError(f"{path}: holds no model of {method or 'any method'}{'' if seed is None else f' with seed {seed}'}, only {', '.join(saved['models'])}")
-    names.sort(key=lambda name: not name.startswith("ptrag-"))
+        raise InputError(f"{path}: no model of {method or 'any method'}, seed {seed}; it holds {', '.join(saved['models'])}")
     state = saved["models"][names[0]]
     method, _, seed = names[0].rpartition("-")
     config = replace(Config(**saved["config"]), method=method, seed=int(seed))
@@ -942,10 +949,11 @@ def load(run, method=None, seed=None):
     return name_things(model.eval(), saved["genes"], saved["perturbations"], saved["gem_groups"])
 
 
-def predict_conditions(model, dataset, conditions, config):
+def predict_conditions(model, dataset, conditions, config, draw=0):
     """Predicts every condition (cell line, perturbation), many in a batch; yields (condition, control rows (n,), Prediction).
 
-    n is the number of real cells of the condition, at most `config.max_cells`; sets are filled up with further control cells.
+    draw: number of the draw, which only `--select sample` depends on. n is the number of real cells of the condition, at most
+    `config.max_cells`; sets are filled up with further control cells.
     """
     import data
     waiting, sets = [], 0
@@ -957,7 +965,8 @@ def predict_conditions(model, dataset, conditions, config):
             continue
         rows = np.concatenate([control for _, _, control in waiting])
         perturbation = np.concatenate([np.full(len(control) // config.cells, p) for (_, p), _, control in waiting])
-        predicted = predict(model, dataset.expression[rows], perturbation, dataset.batch[rows].astype(np.int64), config.cells, number)
+        predicted = predict(model, dataset.expression[rows], perturbation, dataset.batch[rows].astype(np.int64), config.cells,
+                            seed=(draw, number))
         ends = np.cumsum([len(control) for _, _, control in waiting])
         for (condition, n, control), end in zip(waiting, ends):
             part = slice(end - len(control), end - len(control) + n)
@@ -995,15 +1004,19 @@ def write_predictions(folder, models, dataset, split, config):
     report = []
 
     def blocks():
-        for (method, seed), model in models.items():
+        for (method, trained_with), model in models.items():
             if config.hard_negatives and hasattr(model, "candidates"):
                 use_hard_negatives(model, config.hard_negatives)
-            for (line, p), rows, prediction in predict_conditions(model, dataset, split.test, config):
+            predicted = ((draw, *one) for draw in range(config.draws)
+                         for one in predict_conditions(model, dataset, split.test, config, draw))
+            for draw, (line, p), rows, prediction in predicted:
                 n, chance = len(rows), prediction.probability
-                nothing = np.full(n, np.nan) if chance is None else ((chance <= 0.5).all(1) if config.select == "threshold" else (1 - chance).prod(1))
+                seed = f"{trained_with}.{draw}" if config.draws > 1 else str(trained_with)
+                nothing = np.full(n, np.nan)
                 if chance is not None:
+                    nothing = (chance <= 0.5).all(1) if config.select == "threshold" else (1 - chance).prod(1)                 # (n,)
                     report.extend(retrieval_rows(model, method, seed, dataset.cell_lines[line], p, chance))
-                yield prediction.cells, {"method": [method] * n, "seed": [str(seed)] * n, "cell_line": [dataset.cell_lines[line]] * n,
+                yield prediction.cells, {"method": [method] * n, "seed": [seed] * n, "cell_line": [dataset.cell_lines[line]] * n,
                                          "perturbation": [dataset.perturbations[p]] * n, "control_cell": rows,
                                          "nothing_selected": nothing.astype(np.float32)}, {}
 
@@ -1020,10 +1033,10 @@ def retrieval_rows(model, method, seed, cell_line, perturbation, probability):
     probability: (n, K) -> K rows of RETRIEVAL_COLUMNS, most similar candidate first.
     """
     used = (probability > 0.5).mean(0)                                                             # (K,)
-    return [(method, seed, cell_line, model.perturbations[perturbation], rank + 1, model.perturbations[candidate], f"{similarity:.6f}",
-             f"{probability[:, rank].mean():.6f}", f"{used[rank]:.6f}")
-            for rank, (candidate, similarity) in enumerate(zip(model.candidates[perturbation].tolist(), model.similarity[perturbation].tolist()))
-            if candidate >= 0]
+    candidates, similarity = model.candidates[perturbation].tolist(), model.similarity[perturbation].tolist()
+    return [(method, seed, cell_line, model.perturbations[perturbation], rank + 1, model.perturbations[candidates[rank]],
+             f"{similarity[rank]:.6f}", f"{probability[:, rank].mean():.6f}", f"{used[rank]:.6f}")
+            for rank in range(len(candidates)) if candidates[rank] >= 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,8 +1044,8 @@ def retrieval_rows(model, method, seed, cell_line, perturbation, probability):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What `python ptrag.py` without data runs: the same method, small enough for about a minute on two cores.
-DEMO = dict(split="cell-line:simD", steps=400, lr=2e-3, sets=16, cells=32, top_k=8, hidden=64, layers=2, heads=4, head_dim=16, feed_forward=128,
-            validate_every=50)
+DEMO = dict(split="cell-line:simD", steps=400, lr=2e-3, sets=16, cells=32, top_k=8, hidden=64, layers=2, heads=4, head_dim=16,
+            feed_forward=128, validate_every=50)
 
 
 def methods_of(config):
@@ -1094,6 +1107,8 @@ def check(config):
         if not all(seed.strip().isdigit() and int(seed) < 2**31 for seed in config.seeds.split(",")):
             raise InputError(f"--seeds {config.seeds}: must be whole numbers from 0, separated by commas, as in 0,1,2")
         check_list("--seeds", seeds_of(config))
+    if config.draws > 1 and config.select != "sample":
+        raise InputError(f"--draws {config.draws} goes with --select sample: {config.select} gives the same cells every time")
     if config.rotary and config.head_dim % 2:
         raise InputError(f"--rotary turns pairs of numbers: --head-dim {config.head_dim} must be even")
     for name in ("data", "genept"):
@@ -1206,8 +1221,9 @@ def run_training(config, folder):
         write_file(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
         for note in (*dataset.notes, *split.notes):
             print(note)
-        print(f"{dataset.name}: {len(dataset.cell_line):,} cells, {len(dataset.genes):,} genes, {len(dataset.cell_lines)} cell lines; {config.split}: "
-              f"{len(split.train)} conditions train, {len(split.validation)} validate, {len(split.test)} test; writing {folder}/")
+        print(f"{dataset.name}: {len(dataset.cell_line):,} cells, {len(dataset.genes):,} genes, {len(dataset.cell_lines)} cell lines; "
+              f"{config.split}: {len(split.train)} conditions train, {len(split.validation)} validate, {len(split.test)} test; "
+              f"writing {folder}/")
     models = train_all(config, folder, dataset, split, rank, ranks)
     if rank == 0:
         write_predictions(folder, models, dataset, split, config)
@@ -1221,8 +1237,9 @@ def run_prediction(config, method=None):
     stored = read_config(config.model)
     model = load(config.model, method)
     if config.data:                                                                                # all its genes: the model's are among them
-        dataset = data.load(config.data, config.genept or stored.genept or None, config.perturbation_column or None, config.cell_line_column or None,
-                            config.batch_column or None, config.control or None, hvg=sys.maxsize, need_embeddings=False)
+        dataset = data.load(config.data, config.genept or stored.genept or None, config.perturbation_column or None,
+                            config.cell_line_column or None, config.batch_column or None, config.control or None, hvg=sys.maxsize,
+                            need_embeddings=False)
         for note in dataset.notes:
             print(note)
     else:
@@ -1246,9 +1263,11 @@ def run_prediction(config, method=None):
             prediction = predict(model, control, gene, gem_group, stored.cells, config.seed)
             neighbours[gene] = used_candidates(model, gene, prediction.probability)
             print(describe(model, gene, config.cell_line, prediction.cells.mean(0) - control.mean(0), neighbours[gene]))
-            yield prediction.cells, {"perturbation": [gene] * len(rows), "cell_line": [config.cell_line] * len(rows), "control_cell": rows}, {"control": control}
+            labels = {"perturbation": [gene] * len(rows), "cell_line": [config.cell_line] * len(rows), "control_cell": rows}
+            yield prediction.cells, labels, {"control": control}
 
-    data.write_anndata(config.output, model.genes, blocks(), {"neighbours": neighbours, "model": {"method": model.method, "run": config.model}})
+    about = {"neighbours": neighbours, "model": {"method": model.method, "run": config.model}}     # filled while the cells are written
+    data.write_anndata(config.output, model.genes, blocks(), about)
     print(f"wrote {config.output}: {len(genes)} x {len(rows)} predicted cells")
 
 
@@ -1275,7 +1294,8 @@ def learn_genes(model, dataset, genes):
     known = {gene: i for i, gene in enumerate(dataset.embedding_genes)}
     for gene in new:
         if gene not in known:
-            raise InputError(f"--predict {gene}: no embedding of this gene in the model or in {dataset.name}{suggest(gene, [*model.perturbations[1:], *known])}")
+            near = suggest(gene, [*model.perturbations[1:], *known])
+            raise InputError(f"--predict {gene}: no embedding of this gene in the model or in {dataset.name}{near}")
     if new:
         add_perturbations(model, new, dataset.embeddings[[known[gene] for gene in new]])
 
@@ -1338,5 +1358,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    import ptrag                                                                                   # evaluate.py imports this file by name: run that one copy
+    import ptrag                                                                                   # the copy that evaluate.py imports
     sys.exit(ptrag.main())

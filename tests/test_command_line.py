@@ -144,6 +144,14 @@ def test_each_variant_of_the_method_runs_and_changes_the_predictions(tmp_path, f
     assert cells[0].shape == cells[1].shape and not np.array_equal(*cells) and np.isfinite(cells[1]).all()
 
 
+def test_several_draws_of_a_sampled_selection_are_shown_with_their_spread(tmp_path, files, capsys):
+    assert run(tmp_path, *files, *TINY, "--steps", 3, "--name", "s", "--method", "ptrag", "--select", "sample", "--draws", 3) == 0
+    printed = capsys.readouterr().out
+    assert "seeds 0.0, 0.1, 0.2" in printed and "±" in printed
+    energy = {row["seed"]: row["energy"] for row in table(tmp_path / "runs/s/metrics.csv") if row["method"] == "ptrag"}
+    assert len(set(energy.values())) == 3
+
+
 @pytest.mark.parametrize("name, options", [
     ("norman_mcfaline_4lines.h5ad", ["--split", "cell-line:a172", "--top-k", "4"]),
     ("papalexi_thp1.h5ad", ["--split", "perturbation:0", "--top-k", "4"])])
@@ -368,7 +376,8 @@ def test_control_cells_of_a_new_file_are_aligned_by_gene_name(trained, files, tm
 WRONG = {  # one value for every field that cannot be used
     "data": "missing.h5ad", "genept": "missing.npz", "split": "cell_line:simA", "perturbation_column": "nothing", "cell_line_column": "nothing",
     "batch_column": "nothing", "control": "nothing", "hvg": "1", "keep_targets": None, "in_memory": None, "method": "ptrga", "top_k": "0",
-    "pool": "trian", "candidates": "best", "selection": "some", "select": "expect", "temperature": "0", "sparsity": "-1", "keep_query": None,
+    "pool": "trian", "candidates": "best", "selection": "some", "select": "expect", "draws": "2",
+    "temperature": "0", "sparsity": "-1", "keep_query": None,
     "batch_covariate": None, "hard_negatives": "1.5", "hidden": "0", "layers": "two", "heads": "0", "head_dim": "0", "feed_forward": "0", "dropout": "1",
     "causal": None, "rotary": None, "freeze_generator": None, "cells": "0", "sets": "0", "steps": "0", "lr": "nan", "clip": "0", "validate_every": "0",
     "seed": "-1", "seeds": "0,x", "device": "gpu", "bf16": None, "compile": None, "name": "a/b", "resume": "nowhere", "checkpoint_every": "0",
