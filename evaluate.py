@@ -393,7 +393,14 @@ def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_ce
         line = describe_line(dataset, own, controls[code], pick, seed)
         for truth, condition in enumerate(own):
             measure_condition(results, line, truth, condition, pick, contenders, baselines, seed)
+            show_progress(sum(count > 0 for count in results.counts[:, 0]), len(conditions))
     return results
+
+
+def show_progress(done, total):
+    """A line that counts conditions, overwritten in place; nothing where nobody watches."""
+    if sys.stdout.isatty():
+        print(f"\revaluating condition {done} of {total}", end="" if done < total else "\r\x1b[K", flush=True)
 
 
 def measure_condition(results, line, truth, condition, pick, contenders, baselines, seed):

@@ -502,57 +502,62 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     middle: W_p^p is then within half the tolerance of exact optimal transport, whatever the clouds. Cost O(n m) a step, 100 to 200 steps
     in PCA-50 space. RuntimeError if `max_rounds` do not close the gap.
     """
+    together = max(1, 2**17 // (x.shape[1] * y.shape[1]))                                          # problems that fit the cache
+    if len(x) > together:
+        return torch.cat([wasserstein(*pair, p, tolerance, max_rounds) for pair in zip(x.split(together), y.split(together))])
     cost = pairwise_distance(x.double(), y.double()) ** p                                          # (B, n, m)
     B, n, m = cost.shape
     power, problem = cost.new_zeros(B), torch.arange(B, device=cost.device)                        # W_p^p; the problems still open
-    f, g = cost.new_zeros(B, n, 1), cost.new_zeros(B, 1, m)                                        # the two potentials
-    largest = cost.amax((1, 2), keepdim=True).clamp(min=1e-300)                                    # (B, 1, 1)
+    f, g = cost.new_zeros(B, n, 1), cost.new_zeros(B, m, 1)                                        # the two potentials
+    largest = cost.amax((1, 2)).clamp(min=1e-300)                                                  # (B,)
     epsilon, upper, lower = largest.clone(), torch.full_like(largest, math.inf), torch.full_like(largest, -math.inf)
     for _ in range(max_rounds):
-        f, g = sinkhorn_steps(cost, f, g, epsilon)
-        above, below, rounding = coupling_bounds(cost, f, g, epsilon)                              # each (B, 1, 1)
+        plan, f, g = sinkhorn_steps(cost, f, g, epsilon[:, None, None])
+        above, below, rounding = coupling_bounds(cost, plan, f, g)                                 # each (B,)
         upper, lower = torch.minimum(upper, above), torch.maximum(lower, below)
-        closed = (upper - lower <= tolerance * upper.clamp(min=1e-6 * largest)).flatten()
-        power[problem[closed]] = ((upper + lower) / 2).flatten()[closed]
+        closed = upper - lower <= tolerance * upper.clamp(min=1e-6 * largest)
+        power[problem[closed]] = (upper + lower)[closed] / 2
         if closed.all():
             return power.clamp(min=0) ** (1 / p)
         epsilon = torch.where(rounding < (above - below) / 2, epsilon / 2, epsilon)
-        problem, cost, f, g, largest, epsilon, upper, lower = (
-            part[~closed] for part in (problem, cost, f, g, largest, epsilon, upper, lower))
+        if closed.any():
+            problem, cost, f, g, largest, epsilon, upper, lower = (
+                part[~closed] for part in (problem, cost, f, g, largest, epsilon, upper, lower))
     raise RuntimeError(f"optimal transport of {n} and {m} points did not come within {tolerance:g} in {10 * max_rounds} steps")
 
 
 def sinkhorn_steps(cost, f, g, epsilon, steps=10, relaxation=1.7):
-    """Over-relaxed Sinkhorn steps on the potentials f (B, n, 1), g (B, 1, m) of cost (B, n, m), with epsilon (B, 1, 1).
+    """Over-relaxed Sinkhorn steps from the potentials f (B, n, 1), g (B, m, 1): the plan (B, n, m) they end with, and the new f, g.
 
-    The kernel takes in the potentials the steps start from, so the factors u, v stay near one and each step is a matrix product:
-    u <- u^(1-r) (row sums wanted / row sums found)^r, v the same with columns. The potentials then move by epsilon log u, epsilon log v.
+    The plan exp((f_i + g_j - cost_ij) / epsilon) / (n m) that the steps start from is computed once; they only find factors u_i, v_j
+    for its rows and columns, by matrix products: u <- u^(1-r) (row sums wanted / row sums found)^r, v the same with columns.
+    In the end f moves by epsilon log u and g by epsilon log v.
     """
     n, m = cost.shape[1:]
-    kernel = torch.exp(((f + g - cost) / epsilon).clamp(max=600)) / (n * m)                        # (B, n, m)
-    across = kernel.transpose(1, 2).contiguous()                                                   # (B, m, n)
-    u, v = torch.ones_like(f), torch.ones_like(g).transpose(1, 2)                                  # (B, n, 1), (B, m, 1)
+    plan = (f + g.transpose(1, 2) - cost).div_(epsilon).clamp_(max=600).exp_().div_(n * m)         # (B, n, m)
+    across = plan.transpose(1, 2).contiguous()                                                     # (B, m, n)
+    u, v = torch.ones_like(f), torch.ones_like(g)
     for _ in range(steps):                                                                         # clamped: an empty row stays finite
-        u = (u ** (1 - relaxation) * (n * (kernel @ v)).clamp(1e-250, 1e250) ** -relaxation).clamp(1e-100, 1e100)
+        u = (u ** (1 - relaxation) * (n * (plan @ v)).clamp(1e-250, 1e250) ** -relaxation).clamp(1e-100, 1e100)
         v = (v ** (1 - relaxation) * (m * (across @ u)).clamp(1e-250, 1e250) ** -relaxation).clamp(1e-100, 1e100)
-    return f + epsilon * u.log(), g + epsilon * v.log().transpose(1, 2)
+    return plan.mul_(u).mul_(v.transpose(1, 2)), f + epsilon * u.log(), g + epsilon * v.log()
 
 
-def coupling_bounds(cost, f, g, epsilon):
-    """Cost of a coupling near exp((f + g - cost) / epsilon), value of feasible potentials near f and g, and what rounding added.
+def coupling_bounds(cost, plan, f, g):
+    """Cost of a coupling near the plan, value of feasible potentials near f and g, and what rounding added to the former: three of (B,).
 
-    cost (B, n, m), f (B, n, 1), g (B, 1, m), epsilon (B, 1, 1) -> three of (B, 1, 1); the optimum lies between the first two.
+    cost, plan (B, n, m), f (B, n, 1), g (B, m, 1); the optimum lies between the first two.
     """
     n, m = cost.shape[1:]
-    plan = torch.exp(((f + g - cost) / epsilon).clamp(max=700)) / (n * m)                          # (B, n, m)
-    plan = plan * (1 / (n * plan.sum(2, keepdim=True))).clamp(max=1)                               # no row above 1/n
-    plan = plan * (1 / (m * plan.sum(1, keepdim=True))).clamp(max=1)                               # no column above 1/m
-    rows, columns = 1 / n - plan.sum(2, keepdim=True), 1 / m - plan.sum(1, keepdim=True)           # what is missing
-    rest = (rows * cost * columns).sum((1, 2), keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1e-300)
-    g = (cost - f).amin(1, keepdim=True)                                                           # now f + g <= cost everywhere
-    f = (cost - g).amin(2, keepdim=True)
-    below = f.mean(1, keepdim=True) + g.mean(2, keepdim=True)
-    return (plan * cost).sum((1, 2), keepdim=True) + rest, below, rest
+    a = (1 / (n * plan.sum(2, keepdim=True))).clamp(max=1)                                         # a plan: no row above 1/n
+    columns = plan.transpose(1, 2) @ a                                                             # (B, m, 1)
+    b = (1 / (m * columns)).clamp(max=1)                                                           # a plan b: no column above 1/m
+    missing_rows, missing_columns = 1 / n - a * (plan @ b), 1 / m - b * columns                    # (B, n, 1), (B, m, 1)
+    rest = (missing_rows * (cost @ missing_columns)).sum((1, 2)) / missing_rows.sum((1, 2)).clamp(min=1e-300)
+    above = (a * ((plan * cost) @ b)).sum((1, 2)) + rest
+    g = (cost - f).amin(1)[:, :, None]                                                             # now f_i + g_j <= cost_ij everywhere
+    f = (cost - g.transpose(1, 2)).amin(2)
+    return above, f.mean(1) + g.mean((1, 2)), rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
