@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: every field is an option of the command line
@@ -188,10 +187,55 @@ def straight_through(logits, temperature, noise):
 
 
 def dropout_mask(shape, p, device):
-    """Bernoulli(1 - p) mask of booleans, to within 2^-16 of p; sixteen random bits an element, four elements to one draw."""
+    """Bernoulli(1 - p) mask of zeros and ones, to within 2^-16 of p; sixteen random bits an element, four elements to one draw.
+
+    Bytes: unlike booleans they are turned into floats eight at a time.
+    """
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2**63, None)
-    return (bits.view(torch.int16)[:count] >= round(p * 2**16) - 2**15).view(shape)
+    keep = torch.empty(count, dtype=torch.uint8, device=device)
+    return torch.ge(bits.view(torch.int16)[:count], round(p * 2**16) - 2**15, out=keep).view(shape)
+
+
+class PairLogits(torch.autograd.Function):
+    """The scorer's MLP on every (cell, candidate) pair: l_sk = (GELU(a_sk) * keep_sk) W^T with a_sk = r_sk (c_s + p_k) + b.
+
+    cell c (B, S, h), candidate p (B, K, h), scale r (B, S, K), shift b (h,), weight W (2, h), keep (B, S, K, h) of 0 and 1 (dropout)
+    or None -> (B, S, K, 2). Written as a function with its own gradient because the pairs are the only large thing in stage 2: one set
+    at a time they stay in the cache, and the backward pass computes them again instead of keeping them. With dl the gradient of the
+    logits and d_sk = (dl_sk W) keep_sk GELU'(a_sk):
+        dc_s = sum_k r_sk d_sk,  dp_k = sum_s r_sk d_sk,  dr_sk = (c_s + p_k).d_sk,  db = sum_sk d_sk,
+        dW = sum_sk dl_sk^T (GELU(a_sk) keep_sk).
+    """
+
+    @staticmethod
+    def forward(ctx, cell, candidate, scale, shift, weight, keep):
+        ctx.save_for_backward(cell, candidate, scale, shift, weight, keep)
+        logits = []
+        for i in range(len(cell)):
+            hidden = F.gelu(torch.addcmul(shift, scale[i, :, :, None], cell[i, :, None] + candidate[i]))        # (S, K, h)
+            logits.append((hidden if keep is None else hidden.mul_(keep[i])) @ weight.T)           # (S, K, 2)
+        return torch.stack(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_logits):
+        cell, candidate, scale, shift, weight, keep = ctx.saved_tensors
+        d_cell, d_candidate, d_scale, d_shift, d_weight, _ = [None if x is None else torch.zeros_like(x) for x in ctx.saved_tensors]
+        for i, d in enumerate(d_logits):
+            pair = cell[i, :, None] + candidate[i]                                                 # (S, K, h)
+            inside = torch.addcmul(shift, scale[i, :, :, None], pair)                              # (S, K, h)
+            hidden, d_hidden = F.gelu(inside), d @ weight                                          # (S, K, h)
+            if keep is not None:
+                hidden.mul_(keep[i])
+                d_hidden.mul_(keep[i])
+            d_weight += d.flatten(0, 1).T @ hidden.flatten(0, 1)
+            d_inside = torch.ops.aten.gelu_backward(d_hidden, inside)                              # (S, K, h)
+            d_shift += d_inside.sum((0, 1))
+            d_scale[i] = pair.mul_(d_inside).sum(-1)
+            d_inside.mul_(scale[i, :, :, None])
+            d_cell[i], d_candidate[i] = d_inside.sum(1), d_inside.sum(0)
+        return d_cell, d_candidate, d_scale, d_shift, d_weight, None
 
 
 class Selector(nn.Module):
@@ -208,8 +252,7 @@ class Selector(nn.Module):
         W z_sk = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W b:
     one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts.
     Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
-    product of (S, K) and (K, h); only the GELU of the MLP has to see every pair, and it does so in chunks that fit the cache,
-    computed again in the backward pass instead of kept.
+    product of (S, K) and (K, h); only the GELU of the MLP has to see every pair (`PairLogits`).
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
@@ -257,21 +300,12 @@ class Selector(nn.Module):
         return ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()
 
     def score(self, score_cell, score_candidate, scale, shift):
-        """The MLP of every (cell, candidate) pair, a few sets at a time: (B, S, K, 2)."""
-        B, S, K = scale.shape
-        chunk = max(1, 2**19 // (S * K * len(shift)))                                              # sets whose pairs fit the cache
+        """The MLP of every (cell, candidate) pair, a set at a time: (B, S, K, 2)."""
         keep_share = 1 - self.dropout if self.training else 1.0
-
-        def pairs(cell, candidate, scale, keep):
-            hidden = F.gelu(scale[..., None] * (cell[:, :, None] + candidate[:, None]) + shift)    # (b, S, K, h)
-            hidden = hidden if keep is None else hidden * keep
-            return F.linear(hidden, self.score_out.weight / keep_share, self.score_out.bias)       # (b, S, K, 2)
-
-        logits = []
-        for cell, candidate, r in zip(score_cell.split(chunk), score_candidate.split(chunk), scale.split(chunk)):
-            keep = dropout_mask((*r.shape, len(shift)), self.dropout, r.device) if keep_share < 1 else None
-            logits.append(checkpoint(pairs, cell, candidate, r, keep, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(logits)
+        keep = dropout_mask((*scale.shape, len(shift)), self.dropout, scale.device) if keep_share < 1 else None
+        with torch.autocast(scale.device.type, enabled=False):                                     # bfloat16 is too coarse here
+            parts = [part.to(self.score_out.weight.dtype) for part in (score_cell, score_candidate, scale, shift)]
+            return PairLogits.apply(*parts, self.score_out.weight / keep_share, keep) + self.score_out.bias
 
     def weigh(self, logits, select, noise=None):
         """Logits (B, S, K, 2) -> weights (B, S, K) as `select` says, and the probability (B, S, K) of a draw to select."""
@@ -443,25 +477,38 @@ class PTRAG(nn.Module):
 def pairwise_distance(x, y):
     """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m), with |x - y|^2 = |x|^2 + |y|^2 - 2 x.y.
 
-    Nothing of size n * m * d is made. Both clouds are moved by the mean of y first, which keeps the three terms small. Squares below
-    the rounding error of that difference are zero, distance and gradient: coincident points are safe.
+    Nothing of size n * m * d is made. Both clouds are moved by the mean of y first, which keeps the three terms small.
     """
     center = y.detach().mean(1, keepdim=True)                                                      # (B, 1, d)
     x, y = x - center, y - center
-    size = (x * x).sum(-1)[:, :, None] + (y * y).sum(-1)[:, None, :]                               # (B, n, m)
-    square = torch.baddbmm(size, x, y.transpose(1, 2), alpha=-2)                                   # (B, n, m)
-    apart = square > 8 * torch.finfo(x.dtype).eps * size
+    return distance_from_products(x.square().sum(-1), y.square().sum(-1), x @ y.transpose(1, 2))
+
+
+def distance_from_products(x_square, y_square, product):
+    """|x - y| of all pairs from |x|^2 (B, n), |y|^2 (B, m) and x.y (B, n, m): (B, n, m).
+
+    Squares below the rounding error of the difference are zero, distance and gradient: coincident points are safe.
+    """
+    size = x_square[:, :, None] + y_square[:, None, :]                                             # (B, n, m)
+    square = size - 2 * product
+    apart = square > 8 * torch.finfo(size.dtype).eps * size
     return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
 
 
 def energy_distance(x, y):
     """E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2 over all pairs, the diagonal too: half the classical energy distance.
 
-    x (B, n, d), y (B, m, d) -> (B,). The last term is constant in x and is not differentiated.
+    x (B, n, d) predicted, y (B, m, d) real -> (B,). No gradient flows to y, so the last term is measured but never differentiated.
+    All three come from products of the clouds, moved by the mean of y; |x|^2 and |y|^2 are the diagonals of x x^T and y y^T.
     """
-    with torch.no_grad():
-        within_y = pairwise_distance(y, y).mean((1, 2))                                            # (B,)
-    return pairwise_distance(x, y).mean((1, 2)) - pairwise_distance(x, x).mean((1, 2)) / 2 - within_y / 2
+    y = y.detach()
+    center = y.mean(1, keepdim=True)                                                               # (B, 1, d)
+    x, y = x - center, y - center
+    xx, xy, yy = x @ x.transpose(1, 2), x @ y.transpose(1, 2), y @ y.transpose(1, 2)               # (B, n, n), (B, n, m), (B, m, m)
+    x_square, y_square = xx.diagonal(dim1=1, dim2=2), yy.diagonal(dim1=1, dim2=2)                  # (B, n), (B, m)
+    between, within_x, within_y = (distance_from_products(*terms).mean((1, 2)) for terms in
+                                   ((x_square, y_square, xy), (x_square, x_square, xx), (y_square, y_square, yy)))
+    return between - within_x / 2 - within_y / 2
 
 
 def wasserstein_1d(x, y, p=1):
@@ -1241,7 +1288,7 @@ def run_prediction(config, method=None):
     import data
     stored = read_config(config.model)
     model = load(config.model, method)
-    if config.data:                                                                                # all its genes: the model's are among them
+    if config.data:                                                                                # all its genes: the model's among them
         dataset = data.load(config.data, config.genept or stored.genept or None, config.perturbation_column or None,
                             config.cell_line_column or None, config.batch_column or None, config.control or None, hvg=sys.maxsize,
                             need_embeddings=False)
