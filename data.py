@@ -17,7 +17,7 @@ import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import h5py
 import numpy as np
@@ -1308,7 +1308,7 @@ class Batch:
     target: np.ndarray         # (B, S, G) float32
     perturbation: np.ndarray   # (B,) int64
     cell_line: np.ndarray      # (B,) int64
-    batch: np.ndarray          # (B, S) int64, gem group of each control cell
+    gem_group: np.ndarray          # (B, S) int64, gem group of each control cell
 
 
 def pick(rng, rows, number):
@@ -1356,7 +1356,7 @@ class SetSampler:
         return Batch(control=self.dataset.expression[controls.ravel()].reshape(shape),               # (B, S, G)
                      target=self.dataset.expression[targets.ravel()].reshape(shape),                 # (B, S, G)
                      perturbation=picked[:, 1].copy(), cell_line=picked[:, 0].copy(),                # (B,)
-                     batch=self.dataset.batch[controls].astype(np.int64))                            # (B, S)
+                     gem_group=self.dataset.batch[controls].astype(np.int64))                        # (B, S)
 
 
 def prefetch(sampler, steps, sets):
@@ -1530,6 +1530,16 @@ def write_mapping(group, key, mapping):
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
+def with_embeddings(dataset):
+    """The labels of a Dataset without the perturbations that have no embedding, as a run uses them; no expression."""
+    known = set(dataset.embedding_genes)
+    names = [dataset.perturbations[0]] + [name for name in dataset.perturbations[1:] if name in known]
+    place = {name: code for code, name in enumerate(names)}
+    codes = np.array([place.get(name, -1) for name in dataset.perturbations], np.int32)[dataset.perturbation]
+    keep = codes >= 0
+    return replace(dataset, perturbations=names, perturbation=codes[keep], cell_line=dataset.cell_line[keep], batch=dataset.batch[keep])
+
+
 def info(path, genept=None, say=print, hvg=2000, **options):
     """Prints what a person wants to know of a file before a run; reads labels, not the matrix."""
     file, source = open_source(path, genept, need_embeddings=False, **options)
@@ -1555,9 +1565,10 @@ def info(path, genept=None, say=print, hvg=2000, **options):
         if known else "embeddings    none; give them with --genept")
     if known and absent:
         say(f"  without one, left out of a run: {some(absent)}")
-    for rule in [f"cell-line:{line}" for line in dataset.cell_lines] + ["perturbation:0"]:
+    used = with_embeddings(dataset) if known else dataset
+    for rule in [f"cell-line:{line}" for line in used.cell_lines] + ["perturbation:0"]:
         try:
-            cut = split(dataset, rule)
+            cut = split(used, rule)
             say(f"split {rule}: {len(cut.train):,} conditions to train, {len(cut.validation):,} to validate, {len(cut.test):,} to test")
         except DataError as error:
             say(f"split {rule}: not possible ({error})")

@@ -234,6 +234,16 @@ class Line:
         return Population((torch.as_tensor(cells) - self.centre) @ self.axes, cells.mean(0, dtype=np.float64).astype(np.float32))
 
 
+def transport(predicted, real, p):
+    """Joint Wasserstein-p distance of predicted (P, m, d) and real (P, n, d) points: (P,), nan where it does not converge."""
+    try:
+        return ptrag.wasserstein(predicted, real, p)
+    except RuntimeError:
+        if len(predicted) == 1:
+            return torch.full((1,), math.nan, dtype=torch.float64)
+        return torch.cat([transport(*pair, p) for pair in zip(predicted.split(1), real.split(1))])
+
+
 def point_metrics(real, predicted):
     """Metrics between point clouds in PCA space: real (n, d) against each of predicted (P, m, d); a dict of name -> (P,) float arrays.
 
@@ -245,7 +255,7 @@ def point_metrics(real, predicted):
     if real.shape[1] == 0:
         return {name: np.full(len(predicted), np.nan) for name in names}
     real = real.expand(len(predicted), -1, -1)  # (P, n, d)
-    value = {"w1": ptrag.wasserstein(predicted, real, p=1), "w2": ptrag.wasserstein(predicted, real, p=2)}
+    value = {"w1": transport(predicted, real, 1), "w2": transport(predicted, real, 2)}
     value["w2_half_squared"] = value["w2"] ** 2 / 2
     for p in (1, 2):
         value[f"w{p}_marginal"] = ptrag.wasserstein_1d(predicted.transpose(1, 2), real.transpose(1, 2), p).mean(-1)
@@ -677,7 +687,7 @@ def line_overlap(groups, cells, generator):
     """
     observed, shuffled = [], []
     for (seed_a, line_a, p), a in groups.items():
-        for line_b in {line for seed, line, q in groups if seed == seed_a and q == p and line > line_a}:
+        for line_b in sorted({line for seed, line, q in groups if seed == seed_a and q == p and line > line_a}):
             b = groups[seed_a, line_b, p]
             n_a, n_b = cells[line_a, p], cells[line_b, p]
             share_a, share_b = ({row.candidate: row.selected for row in rows} for rows in (a, b))
@@ -734,7 +744,7 @@ def settled(probability):
     if mean <= 0.18:
         return f"selection has settled at its noise floor (mean probability {mean:.2f}, 0.12 is the least possible): what is used is chance"
     if mean >= 0.82:
-        return f"selection has settled at all (mean probability {mean:.2f}): every candidate is used, nothing is chosen"
+        return f"selection has settled at using all candidates (mean probability {mean:.2f}): nothing is chosen"
     if np.std(probability) < 0.02:
         return f"selection is indifferent (every probability near {mean:.2f}): cells and candidates are not told apart"
     return f"selection chooses (mean probability {mean:.2f}, standard deviation over conditions and candidates {np.std(probability):.2f})"
@@ -822,11 +832,11 @@ def table_blocks(summary, full=True):
     return blocks
 
 
-def footnotes(summary):
-    """What the marks of the table mean, those that occur."""
+def footnotes(summary, reference):
+    """What the marks of the table mean, those that occur; `reference`: the row that others are tested against."""
     notes = []
     if any(row["p_adjusted"] <= 0.05 for row in summary):
-        notes.append("* ** *** differs from PT-RAG, p <= .05 .01 .001: Mann-Whitney U over conditions, Benjamini-Hochberg over the table")
+        notes.append(f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions, Benjamini-Hochberg over all")
     if any(row["narrow"] for row in summary):
         notes.append("! the collapse stands above the ceiling: the metric rewards populations that are too narrow; not to be trusted alone")
     if any(math.isnan(row["position"]) and not math.isnan(row["mean_equal"]) for row in summary):
@@ -1062,7 +1072,7 @@ def write_report(path, title, results, summary, notes, retrieval=(), candidates=
     listed = lambda lines: "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     shown = results.shown[0]
     parts = [f"<h1>Predicted cell populations</h1><p class='soft'>{html.escape(title)}</p><h2>Table</h2>",
-             *map(html_block, table_blocks(summary)), listed(footnotes(summary) + notes),
+             *map(html_block, table_blocks(summary)), listed(footnotes(summary, results.reference) + notes),
              "<h2>Conditions between floor and ceiling</h2>", strips(results, summary)]
     if curves:
         parts += ["<h2>Training</h2>", curve_figures(curves)]
@@ -1174,7 +1184,7 @@ def present(results, out, title, notes, say, full, retrieval=(), candidates=(), 
     for block in table_blocks(summary, full):
         print_block(block, say)
     say("")
-    for line in footnotes(summary) + notes + list(retrieval):
+    for line in footnotes(summary, results.reference) + notes + list(retrieval):
         say(wrap(line))
     say(f"{'everything' if full else 'the other metrics, significance and figures'}: {out}/metrics.csv, summary.csv, report.html")
     return summary
@@ -1188,6 +1198,10 @@ def read_predicted(path, genes, options, files):
     """
     file = files.enter_context(data.open_file(path))
     labels, _ = data.read_labels(file, path, options.perturbation_column, options.cell_line_column, options.batch_column)
+    for name in {"method", "seed"} & set(data.members(data.child(file, "obs"))):
+        if len(several := sorted(set(map(str, data.read_obs(path, [name])[name])))) > 1:
+            raise data.DataError(f"{path}: holds the predictions of several values of obs {name} ({data.some(several)}); "
+                                 "python evaluate.py runs/NAME tells them apart, or keep the cells of one")
     key = "X" if data.child(file, "obsm/X_hvg") is None else "obsm/X_hvg"
     matrix = data.open_matrix(file, key)
     names, notes = data.gene_names(file, path, key, matrix.shape[1])
@@ -1236,7 +1250,7 @@ def evaluate_files(options, say=print):
         theirs, expression, notes = read_predicted(options.pred, real.genes, options, files)
         theirs = {name: rows for name, rows in theirs.items() if name[1] != real.perturbations[0]}
         conditions = sorted(ours[name] for name in ours if name in theirs)
-        text = lambda names: data.some(map(", ".join, names)) or "none"
+        text = lambda names: data.some(map(" / ".join, names)) or "none"
         if not conditions:
             raise data.DataError(f"{options.pred}: has no condition of {options.real}: {text(theirs)} against {text(ours)}; "
                                  "perturbations and cell lines must have the same names")

@@ -136,6 +136,8 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     A perturbation is never its own candidate, a gene without an embedding is never retrieved, ties go to the lower index.
     A perturbation without an embedding retrieves nothing: its candidates are -1. Raises InputError if the pool is too small.
     """
+    if how not in ("nearest", "random", "least"):
+        raise ValueError(f"how {how!r}: must be nearest, random or least")
     has_embedding = (embeddings != 0).any(1)                                                       # (P,)
     pool = pool[has_embedding[pool]]                                                               # (N,)
     usable = len(pool) - torch.isin(torch.arange(len(embeddings), device=pool.device), pool).long()
@@ -147,8 +149,9 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     similarity = embeddings.new_zeros(len(embeddings), k)
     for queries in has_embedding.nonzero().flatten().split(1024):
         cosine = (unit[queries] @ unit[pool].T).round(decimals=9)                                  # (Q, N)
-        rank = {"nearest": cosine, "least": -cosine}.get(how)
-        rank = torch.rand(cosine.shape, generator=chance, device=cosine.device) if rank is None else rank
+        rank = cosine if how == "nearest" else -cosine
+        if how == "random":
+            rank = torch.rand(cosine.shape, generator=chance, device=cosine.device)
         rank = rank.masked_fill(queries[:, None] == pool, -math.inf)
         best = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]                       # (Q, k)
         candidates[queries] = pool[best]
@@ -189,6 +192,7 @@ def straight_through(logits, temperature, noise):
 def dropout_mask(shape, p, device):
     """Bernoulli(1 - p) mask of zeros and ones, to within 2^-16 of p; sixteen random bits an element, four elements to one draw.
 
+    F.dropout would keep no mask for the backward pass to use again and draws each element alone, which takes several times as long.
     Bytes: unlike booleans they are turned into floats eight at a time.
     """
     count = math.prod(shape)
@@ -253,6 +257,9 @@ class Selector(nn.Module):
     one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts.
     Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
     product of (S, K) and (K, h); only the GELU of the MLP has to see every pair (`PairLogits`).
+
+    The division sets a floor under selection by chance: two values a and b, each half of the logits, have the standard deviation
+    |a - b| / 2, so scaled margins l_1 - l_0 cannot all be below -2 and at least sigmoid(-2) = 12 % of the candidates are drawn on average.
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
@@ -283,9 +290,12 @@ class Selector(nn.Module):
         score_candidate, value_candidate = per_candidate.split(h, dim=-1)                          # each (B, K, h)
         score_shift, value_shift = shift.split(h)                                                  # each (h,)
 
-        logits = self.score(score_cell, score_candidate, scale, score_shift)                       # (B, S, K, 2)
-        logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-        weights, probability = self.weigh(logits, select, noise)                                   # (B, S, K), (B, S, K)
+        if select == "all":
+            logits, weights, probability = None, torch.ones_like(scale), torch.ones_like(scale)    # (B, S, K)
+        else:
+            logits = self.score(score_cell, score_candidate, scale, score_shift)                   # (B, S, K, 2)
+            logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+            weights, probability = self.weigh(logits, select, noise)                               # (B, S, K), (B, S, K)
         if valid is not None:
             weights, probability = weights * valid[:, None], probability * valid[:, None]
         scaled = weights * scale                                                                   # (B, S, K)
@@ -310,12 +320,12 @@ class Selector(nn.Module):
     def weigh(self, logits, select, noise=None):
         """Logits (B, S, K, 2) -> weights (B, S, K) as `select` says, and the probability (B, S, K) of a draw to select."""
         probability = torch.sigmoid(logits[..., 1] - logits[..., 0])
-        if select == "all":
-            return torch.ones_like(probability), torch.ones_like(probability)
         if select == "expected":
             return probability, probability
         if select == "threshold":
             return (logits[..., 1] > logits[..., 0]).to(logits.dtype), probability
+        if select not in ("gumbel", "sample"):
+            raise ValueError(f"select {select!r}: must be gumbel, sample, threshold, expected or all")
         noise = gumbel_noise(logits.shape, logits.device) if noise is None else noise
         return straight_through(logits, self.temperature, noise), probability
 
@@ -337,7 +347,7 @@ class CrossAttention(nn.Module):
         """cell_and_query (B, S, h), candidate (B, K, h) projected, valid (B, K) bool -> context (B, S, h), zero where nothing is valid."""
         query, key, value = self.query(cell_and_query), self.key(candidate), self.value(candidate)
         score = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])                           # (B, S, K)
-        return (torch.softmax(score, dim=-1) * valid[:, None]) @ value                             # (B, S, h)
+        return (torch.softmax(score, dim=-1) * valid[:, None]) @ value                             # (B, S, h); all are valid, or none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,7 +421,7 @@ class PTRAG(nn.Module):
         """genes: G; embeddings (P, E) float, zero for the control; pool (N,) int; gem_groups: how many the batch covariate tells apart."""
         super().__init__()
         self.method, self.select, self.keep_query = config.method, config.select, config.keep_query
-        self.selection = config.selection
+        self.selection, self.set_size = config.selection, config.cells
         if self.method == "state":
             embeddings = torch.eye(len(embeddings))
             embeddings[0] = 0                                                                      # the control, as in every embedding
@@ -421,10 +431,14 @@ class PTRAG(nn.Module):
         self.perturbation_encoder = nn.Linear(embeddings.shape[1], config.hidden)
         if self.method == "ptrag":
             self.selector = Selector(config.hidden, config.temperature, config.dropout)
+            if config.selection == "all":                                                          # nothing scores, so nothing to train
+                self.selector.score_in.requires_grad_(False)
+                self.selector.score_out.requires_grad_(False)
         if self.method == "vanilla-rag":
             self.attention = CrossAttention(embeddings.shape[1], config.hidden)
         if self.method in ("ptrag", "vanilla-rag"):
-            candidates, similarity = retrieve(embeddings, pool, config.top_k, config.candidates, config.seed)
+            self.retrieval = (config.top_k, config.candidates, config.seed)
+            candidates, similarity = retrieve(embeddings, pool, *self.retrieval)
             self.register_buffer("candidates", candidates)                                         # (P, K)
             self.register_buffer("similarity", similarity)                                         # (P, K)
         self.gem_group = nn.Embedding(gem_groups, config.hidden) if config.batch_covariate else None
@@ -461,7 +475,7 @@ class PTRAG(nn.Module):
         if self.gem_group is not None:
             u = u + self.gem_group(gem_group)
         y = self.generator(u)                                                                      # (B, S, h)
-        return F.relu(self.output(y + c)), selection                                               # (B, S, G)
+        return F.relu(self.output(y + c)), selection                                               # (B, S, G): cell + change, log1p >= 0
 
     def encode_candidates(self, perturbation, encoder):
         """Candidates of the queries (B,), each gene encoded once however many sets share it: (B, K, h), and which are real: (B, K)."""
@@ -477,7 +491,7 @@ class PTRAG(nn.Module):
 def pairwise_distance(x, y):
     """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m), with |x - y|^2 = |x|^2 + |y|^2 - 2 x.y.
 
-    Nothing of size n * m * d is made. Both clouds are moved by the mean of y first, which keeps the three terms small.
+    Nothing of size n * m * d is made. Both clouds are moved by the mean of y first: the distances stay, the rounding error shrinks.
     """
     center = y.detach().mean(1, keepdim=True)                                                      # (B, 1, d)
     x, y = x - center, y - center
@@ -491,8 +505,8 @@ def distance_from_products(x_square, y_square, product):
     """
     size = x_square[:, :, None] + y_square[:, None, :]                                             # (B, n, m)
     square = size - 2 * product
-    apart = square > 8 * torch.finfo(size.dtype).eps * size
-    return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
+    together = square <= 8 * torch.finfo(size.dtype).eps * size                                    # false for nan, which stays nan
+    return torch.where(together, 0, torch.where(together, 1, square).sqrt())
 
 
 def energy_distance(x, y):
@@ -528,7 +542,8 @@ def wasserstein_1d(x, y, p=1):
 def sliced_wasserstein(x, y, p=1, directions=512, seed=0):
     """Sliced Wasserstein-p distance, (mean over random unit directions of W_p^p)^(1/p), and its Monte-Carlo standard error.
 
-    x (B, n, d), y (B, m, d) -> (B,), (B,). Exact along each direction; the error is that of the mean, carried through the root.
+    x (B, n, d), y (B, m, d), at least two directions -> (B,), (B,). Exact along each direction; the error is that of the mean, carried
+    through the root.
     The directions depend on the seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -539,6 +554,7 @@ def sliced_wasserstein(x, y, p=1, directions=512, seed=0):
     return value, error * value / (p * power.mean(1)).clamp(min=torch.finfo(x.dtype).tiny)
 
 
+@torch.no_grad()
 def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     """Wasserstein-p distance of two clouds of equally weighted points, (min over couplings of the mean |x - y|^p)^(1/p).
 
@@ -546,8 +562,8 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     Sinkhorn's iteration for the cost |x - y|^p (Cuturi 2013), ten steps a round. After each round the plan is rounded to a true coupling
     (Altschuler, Weed, Rigollet 2017), whose cost bounds W_p^p from above, and the potentials are made feasible, whose value bounds it from
     below; epsilon is halved once the gap is not due to rounding. Stops when the gap is under `tolerance` of the upper bound and returns the
-    middle: W_p^p is then within half the tolerance of exact optimal transport, whatever the clouds. Cost O(n m) a step, 100 to 200 steps
-    in PCA-50 space. RuntimeError if `max_rounds` do not close the gap.
+    middle: W_p^p is then within half the tolerance of exact optimal transport. Cost O(n m) a step, 100 to 200 steps in PCA-50 space.
+    RuntimeError if `max_rounds` do not close the gap (a point a thousand times farther away than the rest can do that). No gradient.
     """
     together = max(1, 2**17 // (x.shape[1] * y.shape[1]))                                          # problems that fit the cache
     if len(x) > together:
@@ -614,7 +630,7 @@ def coupling_bounds(cost, plan, f, g):
 def train(model, batches, validation, config, run):
     """Trains the model and leaves it with the weights of the best validation.
 
-    batches:    callable, first step -> iterator of batches with `control`, `target` (B, S, G), `perturbation` (B,), `batch` (B, S)
+    batches:    callable, first step -> iterator of batches with `control`, `target` (B, S, G), `perturbation` (B,), `gem_group` (B, S)
     validation: list of such batches, measured every `config.validate_every` steps; if empty the last weights are kept
     run:        what keeps it safe: restoring, logging, checkpoints, several processes (section "A safe run")
 
@@ -623,8 +639,8 @@ def train(model, batches, validation, config, run):
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=config.lr, fused=True)
     network = run.wrap(model)
-    best = run.restore(model, optimizer)
-    for step, batch in enumerate(batches(best.step), start=best.step + 1):
+    progress = run.restore(model, optimizer)
+    for step, batch in enumerate(batches(progress.step), start=progress.step + 1):
         run.seed_step(step)
         network.train()
         control, target, perturbation, gem_group = on_device(batch, run.device)
@@ -643,10 +659,10 @@ def train(model, batches, validation, config, run):
         measured = math.nan
         if validation and (step % config.validate_every == 0 or step == config.steps):
             measured = validate(model, validation, run)
-            best.offer(measured, model)
+            progress.offer(measured, model)
         run.record(step, loss, energy, penalty, measured, control.shape)
-        run.save(step, model, optimizer, best)
-    best.use(model)
+        run.save(step, model, optimizer, progress)
+    progress.use_best(model)
 
 
 @torch.no_grad()
@@ -664,7 +680,7 @@ def validate(model, batches, run):
 
 def on_device(batch, device):
     """Control (B, S, G), target (B, S, G), perturbation (B,), gem group (B, S) of a batch of numpy arrays, as tensors."""
-    arrays = (batch.control, batch.target, batch.perturbation, batch.batch)
+    arrays = (batch.control, batch.target, batch.perturbation, batch.gem_group)
     return [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
 
 
@@ -680,15 +696,19 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model, control, perturbation, gem_group=None, set_size=64, seed=0):
+def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0):
     """Perturbed cells for control cells of one line.
 
-    control: (n, G) float array, log1p, n a multiple of `set_size` (or any n: the last set is filled up from the first cells)
-    perturbation: name of a gene the model knows (see `add_perturbation`), or its index, or an (n / set_size,) array of indices, one a set
+    control: (n, G) float array, log1p; the last set is filled up from the first cells
+    perturbation: name of a gene the model knows (see `add_perturbations`), or its index, or an (n / set_size,) array of indices, one a set
     gem_group: (n,) int array, read only with the batch covariate
+    set_size: cells in a set, as many as in training if not given
     returns Prediction, cell i made from control cell i. Depends on `seed` (one or several numbers) only with `select = "sample"`.
+    Raises InputError for an unknown name or control cells of another shape.
     """
-    device = model.output.weight.device
+    device, set_size = model.output.weight.device, set_size or model.set_size
+    if np.ndim(control) != 2 or not len(control) or np.shape(control)[1] != len(model.output.bias):
+        raise InputError(f"control cells of shape {np.shape(control)}: must be (cells, {len(model.output.bias)} genes), at least one cell")
     if isinstance(perturbation, str):
         if perturbation not in model.perturbations:
             raise InputError(f"the model does not know the perturbation {perturbation!r}{suggest(perturbation, model.perturbations)}")
@@ -710,15 +730,17 @@ def predict(model, control, perturbation, gem_group=None, set_size=64, seed=0):
 def add_perturbations(model, names, embeddings):
     """Teaches a trained model genes it never saw, by name and embedding (Q, E) float: they become queries, not candidates.
 
-    Raises InputError for the method `state`, whose one-hot perturbations cannot be extended.
+    Raises InputError for a name that is known already and for the method `state`, whose one-hot perturbations cannot be extended.
     """
+    if known := [name for name in names if name in model.perturbations]:
+        raise InputError(f"the model knows the perturbation {known[0]} already")
     if model.method == "state":
         raise InputError("the method state knows only the perturbations it was trained with: use ptrag, vanilla-rag or state-genept")
     known = torch.cat([model.embeddings, torch.as_tensor(np.asarray(embeddings), dtype=torch.float32, device=model.embeddings.device)])
     model.embeddings, model.perturbations = known, model.perturbations + list(names)
     if hasattr(model, "candidates"):
-        before, k = model.candidates.shape
-        candidates, similarity = retrieve(known, model.pool, k)
+        before = len(model.candidates)
+        candidates, similarity = retrieve(known, model.pool, *model.retrieval)
         model.candidates = torch.cat([model.candidates, candidates[before:]])                      # (P + Q, K)
         model.similarity = torch.cat([model.similarity, similarity[before:]])                      # (P + Q, K)
 
@@ -766,6 +788,9 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -801,8 +826,8 @@ def load_tensors(path):
 LOG_COLUMNS = ("method", "seed", "step", "loss", "energy", "sparsity", "validation")
 
 
-class Best:
-    """The weights with the lowest validation energy so far, and the step training has reached."""
+class Progress:
+    """The step training has reached, and the weights with the lowest validation energy so far."""
 
     def __init__(self):
         self.step, self.validation, self.state = 0, math.inf, None
@@ -812,7 +837,7 @@ class Best:
             self.validation = validation
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
-    def use(self, model):
+    def use_best(self, model):
         if self.state is not None:
             model.load_state_dict(self.state)
 
@@ -844,17 +869,19 @@ class Run:
 
     def restore(self, model, optimizer):
         """Continues from the checkpoint where there is one; otherwise starts at step 0."""
-        best = Best()
+        progress = Progress()
         if self.checkpoint.exists():
             saved = load_tensors(self.checkpoint)
             if saved["fingerprint"] != self.fingerprint:
                 raise InputError(f"{self.folder}: was trained on other data or another split than these: resume with the same files")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            best.step, best.validation, best.state = saved["step"], saved["validation"], saved["best"]
+            progress.step, progress.validation, progress.state = saved["step"], saved["validation"], saved["best"]
             self.log = [tuple(line) for line in saved["log"]]
-        self.first_step = best.step
-        return best
+            if self.rank == 0 and progress.step < self.config.steps:
+                self.say(f"{self.label}: continues after step {progress.step}")
+        self.first_step = progress.step
+        return progress
 
     # -- in every step
 
@@ -888,15 +915,15 @@ class Run:
                     f"  {self.cells_done / seconds:,.0f} cells/s  {left:.0f} s left")
             self.say(f"\r{line:<110}" if sys.stdout.isatty() else line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
 
-    def save(self, step, model, optimizer, best):
+    def save(self, step, model, optimizer, progress):
         """Writes a checkpoint when one is due, at the end, and on Ctrl-C, which then ends the run."""
-        best.step = step
+        progress.step = step
         stopping = self.any_rank(self.interrupted)
         due = step % self.config.checkpoint_every == 0 or time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         if self.rank == 0 and (due or stopping or step == self.config.steps):
             self.saved_at = time.monotonic()
             save_tensors(self.checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                           "validation": best.validation, "best": best.state, "log": self.log,
+                                           "validation": progress.validation, "best": progress.state, "log": self.log,
                                            "fingerprint": self.fingerprint})
             write_csv(self.folder / "log.csv", LOG_COLUMNS, self.log_before + self.log)
         if stopping and step < self.config.steps:
@@ -1018,7 +1045,7 @@ def predict_conditions(model, dataset, conditions, config, draw=0):
         rows = np.concatenate([control for _, _, control in waiting])
         perturbation = np.concatenate([np.full(len(control) // config.cells, p) for (_, p), _, control in waiting])
         predicted = predict(model, dataset.expression[rows], perturbation, dataset.batch[rows].astype(np.int64), config.cells,
-                            seed=(draw, number))
+                            seed=(config.seed, draw, number))
         ends = np.cumsum([len(control) for _, _, control in waiting])
         for (condition, n, control), end in zip(waiting, ends):
             part = slice(end - len(control), end - len(control) + n)
@@ -1029,7 +1056,7 @@ def predict_conditions(model, dataset, conditions, config, draw=0):
 def train_all(config, folder, dataset, split, rank=0, ranks=1):
     """Trains every method with every seed, one after the other, each saved as it is done: {(method, seed): model}."""
     import data
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config)
     mark, log, models = fingerprint(dataset, split), [], {}
     sets = range(rank * config.sets // ranks, (rank + 1) * config.sets // ranks)
     for seed in seeds_of(config):
@@ -1063,6 +1090,8 @@ def write_predictions(folder, models, dataset, split, config):
                          for one in predict_conditions(model, dataset, split.test, config, draw))
             for draw, (line, p), rows, prediction in predicted:
                 n, chance = len(rows), prediction.probability
+                if not np.isfinite(prediction.cells).all():
+                    raise Diverged(f"{method}-{trained_with}: predicts numbers that are not finite; train with a smaller --lr")
                 seed = f"{trained_with}.{draw}" if config.draws > 1 else str(trained_with)
                 nothing = np.full(n, np.nan)
                 if chance is not None:
@@ -1100,6 +1129,10 @@ DEMO = dict(split="cell-line:simD", steps=400, lr=2e-3, sets=16, cells=32, top_k
             feed_forward=128, validate_every=50)
 
 
+PREDICTION_OPTIONS = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device", "data", "genept", "control",
+                      "perturbation_column", "cell_line_column", "batch_column"}
+
+
 def methods_of(config):
     """The methods of a configuration, in the order given."""
     return [name.strip() for name in config.method.split(",")]
@@ -1120,7 +1153,8 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments):
     """Command line -> {field: value} of the options given. InputError for an unknown option or a value of the wrong type."""
     parser = Parser(prog="ptrag.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter,
-                    description="Trains PT-RAG and the methods it is compared with, predicts held-out perturbations, prints the table.")
+                    description="Trains PT-RAG and the methods it is compared with, predicts held-out perturbations, prints the table.",
+                    epilog="Without --data a simulation is run with these instead: " + ", ".join(f"{k} {v}" for k, v in DEMO.items()))
     for f in fields(Config):
         flags = [f"--{f.name.replace('_', '-')}"] + (["-o"] if f.name == "output" else [])
         kind = type(f.default)
@@ -1137,8 +1171,8 @@ def parse(arguments):
     return vars(given)
 
 
-def check(config):
-    """Raises InputError, in one line, for the first field whose value or combination of values cannot be used; reads no data."""
+def check_values(config):
+    """Raises InputError, in one line, for the first field whose value alone cannot be used."""
     for f in fields(config):
         value, limits, flag = getattr(config, f.name), f.metadata, f"--{f.name.replace('_', '-')}"
         if "choices" in limits and value not in limits["choices"]:
@@ -1159,6 +1193,11 @@ def check(config):
         if not all(seed.strip().isdigit() and int(seed) < 2**31 for seed in config.seeds.split(",")):
             raise InputError(f"--seeds {config.seeds}: must be whole numbers from 0, separated by commas, as in 0,1,2")
         check_list("--seeds", seeds_of(config))
+
+
+def check(config):
+    """Raises InputError, in one line, for the first value or combination of values that cannot be used here and now; reads no data."""
+    check_values(config)
     if config.draws > 1 and config.select != "sample":
         raise InputError(f"--draws {config.draws} goes with --select sample: {config.select} gives the same cells every time")
     if config.rotary and config.head_dim % 2:
@@ -1182,9 +1221,8 @@ def check(config):
         raise InputError("--predict needs --model runs/NAME and --cell-line LINE")
     if not config.predict and (config.model or config.cell_line):
         raise InputError(f"--{'model' if config.model else 'cell-line'} goes with --predict GENE,GENE")
-    for name in ("model", "resume"):
-        if getattr(config, name) and not (Path(getattr(config, name)) / "config.json").is_file():
-            raise InputError(f"--{name} {getattr(config, name)}: not the folder of a run (no config.json in it)")
+    if config.model and not (Path(config.model) / "config.json").is_file():
+        raise InputError(f"--model {config.model}: not the folder of a run (no config.json in it)")
     if config.output != Config.output and not config.predict:
         raise InputError("--output goes with --predict GENE,GENE: a run is written to runs/NAME")
 
@@ -1194,6 +1232,11 @@ def check_list(flag, values):
     twice = [value for value in values if values.count(value) > 1]
     if twice:
         raise InputError(f"{flag}: {twice[0]} is given twice")
+
+
+def device_of(config):
+    """The device of a configuration: the one named, else a GPU where there is one."""
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_device(name):
@@ -1208,8 +1251,10 @@ def check_device(name):
 def configure(given):
     """The options given -> (Config, folder of the run or None for --predict). A resumed run takes its configuration from its folder."""
     if "resume" in given:
-        check(replace(Config(), **given))
         folder = Path(given["resume"])
+        check_values(replace(Config(), **given))
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--resume {folder}: not the folder of a run (no config.json in it)")
         stored = read_config(folder)
         may_change = {"resume", "steps", "device", "checkpoint_every", "checkpoint_minutes", "compile"}
         changed = [f"--{name.replace('_', '-')} {getattr(stored, name)} -> {value}" for name, value in given.items()
@@ -1217,12 +1262,16 @@ def configure(given):
         if changed:
             raise InputError(f"{folder}: cannot be resumed with other options: {'; '.join(changed)}")
         config = replace(stored, **{**given, "resume": ""})
+        check(replace(config, name=""))
         if config.steps < stored.steps:
             raise InputError(f"{folder}: was started for --steps {stored.steps}; resume with as many or more")
         return config, folder
     if "data" not in given and "predict" not in given:
         given = {**DEMO, **given}
     if "predict" in given:
+        useless = sorted(set(given) - PREDICTION_OPTIONS)
+        if useless:
+            raise InputError(f"--{useless[0].replace('_', '-')} goes with training, not with --predict")
         given = {"cells": 500, **given}
     config = replace(Config(), **given)
     check(config)
@@ -1249,7 +1298,7 @@ def read_config(folder):
         raise InputError(f"{path}: {error.strerror}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: not the configuration of a run ({str(error).splitlines()[0]})") from None
-    check(config)
+    check_values(config)                                                                           # its files may have moved since
     return config
 
 
@@ -1268,6 +1317,8 @@ def run_training(config, folder):
     dataset, split = open_data(config)
     if not split.test:
         raise InputError(f"--split {config.split}: leaves no test condition in {dataset.name}")
+    for method in methods_of(config):                                                              # a pool too small shows before training
+        build_model(replace(config, method=method), dataset, split)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())
@@ -1287,9 +1338,11 @@ def run_prediction(config, method=None):
     """Predicts cells for genes, perturbed in the data or not, writes them as AnnData and prints what changes most."""
     import data
     stored = read_config(config.model)
-    model = load(config.model, method)
+    model = load(config.model, method).to(device_of(config))
+    model.select = config.select
+    genept = config.genept or (stored.genept if Path(stored.genept).is_file() else "")
     if config.data:                                                                                # all its genes: the model's among them
-        dataset = data.load(config.data, config.genept or stored.genept or None, config.perturbation_column or None,
+        dataset = data.load(config.data, genept or None, config.perturbation_column or None,
                             config.cell_line_column or None, config.batch_column or None, config.control or None, hvg=sys.maxsize,
                             need_embeddings=False)
         for note in dataset.notes:
@@ -1312,7 +1365,7 @@ def run_prediction(config, method=None):
 
     def blocks():
         for gene in genes:
-            prediction = predict(model, control, gene, gem_group, stored.cells, config.seed)
+            prediction = predict(model, control, gene, gem_group, seed=config.seed)
             neighbours[gene] = used_candidates(model, gene, prediction.probability)
             print(describe(model, gene, config.cell_line, prediction.cells.mean(0) - control.mean(0), neighbours[gene]))
             labels = {"perturbation": [gene] * len(rows), "cell_line": [config.cell_line] * len(rows), "control_cell": rows}
@@ -1347,7 +1400,7 @@ def learn_genes(model, dataset, genes):
     for gene in new:
         if gene not in known:
             near = suggest(gene, [*model.perturbations[1:], *known])
-            raise InputError(f"--predict {gene}: no embedding of this gene in the model or in {dataset.name}{near}")
+            raise InputError(f"--predict {gene}: no embedding in the model or in {dataset.name}{near}; --genept FILE adds some")
     if new:
         add_perturbations(model, new, dataset.embeddings[[known[gene] for gene in new]])
 
@@ -1365,7 +1418,7 @@ def used_candidates(model, gene, probability):
     query = model.perturbations.index(gene)
     candidates = [model.perturbations[i] for i in model.candidates[query].tolist() if i >= 0]
     mean = np.full(len(candidates), np.nan) if probability is None else probability.mean(0)[:len(candidates)]
-    return {"candidates": candidates, "similarity": model.similarity[query, :len(candidates)].numpy(), "probability": mean}
+    return {"candidates": candidates, "similarity": model.similarity[query, :len(candidates)].cpu().numpy(), "probability": mean}
 
 
 def describe(model, gene, cell_line, change, neighbours):

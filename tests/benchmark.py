@@ -204,7 +204,7 @@ class Training(ptrag.Run):
     def restore(self, model, optimizer):
         optimizer.state = self.state if self.state else optimizer.state
         self.state = optimizer.state
-        return ptrag.Best()
+        return ptrag.Progress()
 
     def record(self, step, loss, *others):
         loss.item()

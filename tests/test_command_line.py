@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_real_cells_train_and_print_the_table(tmp_path, capsys, name, options):
     printed = capsys.readouterr().out
     assert "ptrag" in printed and "simulated" not in printed
     assert list((tmp_path / "runs").iterdir())[0].name == f"{Path(name).stem}-1"
+
+
+def test_top_k_beyond_the_pool_is_refused_before_anything_is_trained_or_written(tmp_path, files, capsys):
+    assert run(tmp_path, *files, *TINY, "--top-k", 12, "--steps", 2, "--name", "k") == 2
+    captured = capsys.readouterr()
+    assert "--top-k 12" in captured.err and "step" not in captured.out and not (tmp_path / "runs/k").exists()
+
+
+def test_predictions_that_are_not_finite_are_not_evaluated(tmp_path, files, capsys):
+    assert run(tmp_path, *files, *TINY, "--steps", 1, "--lr", 1e38, "--name", "n", "--method", "state-genept") == 1
+    assert "not finite" in capsys.readouterr().err and not (tmp_path / "runs/n/predictions.h5ad").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- interruption
@@ -332,6 +344,27 @@ def test_predict_writes_anndata_for_genes_perturbed_in_the_data_or_not_and_names
     with h5py.File(trained / "out.h5ad") as file:
         assert np.array_equal(file["layers/control"][:], d.expression[np.asarray(obs["control_cell"])])
     assert list(obs["perturbation"]) == ["GENE003"] * 30 + [new] * 30
+
+
+def test_predict_uses_the_selection_asked_for_and_refuses_options_of_training(trained, capsys):
+    cells = {}
+    for select in ("expected", "threshold", "sample"):
+        options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 20, "--model", "runs/m", "-o", f"{select}.h5ad", "--select", select]
+        assert run(trained, *options) == 0
+        with h5py.File(trained / f"{select}.h5ad") as file:
+            cells[select] = file["X"][:].tobytes()
+    assert len(set(cells.values())) == 3
+    assert run(trained, *options, "--steps", 10) == 2
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_a_model_predicts_from_a_new_file_when_the_file_it_was_trained_on_has_gone(trained, files, tmp_path):
+    config = json.loads((trained / "runs/m/config.json").read_text())
+    moved = tmp_path / "m"
+    shutil.copytree(trained / "runs/m", moved)
+    (moved / "config.json").write_text(json.dumps({**config, "data": "gone.h5", "genept": "gone.npz", "device": "cuda"}))
+    options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 5, "--model", moved, "-o", "out.h5ad", "--data", files[1], "--device", "cpu"]
+    assert run(tmp_path, *options) == 0
 
 
 def test_all_predicts_every_perturbation_and_another_method_can_be_chosen(trained):

@@ -513,14 +513,14 @@ def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups(
     dataset = data.simulate(cell_lines=2, perturbations=3, genes=6, cells=30, controls=200)
     dataset.expression = np.arange(len(dataset.cell_line), dtype=np.float32)[:, None].repeat(6, 1)    # each cell shows its row
     batch = data.SetSampler(dataset, dataset.conditions(), 16, seed=1).draw(0, range(40))
-    assert batch.control.shape == batch.target.shape == (40, 16, 6) and batch.batch.shape == (40, 16)
+    assert batch.control.shape == batch.target.shape == (40, 16, 6) and batch.gem_group.shape == (40, 16)
     seen = set()
     for number in range(40):
         target, control = batch.target[number, :, 0].astype(int), batch.control[number, :, 0].astype(int)
         assert (dataset.perturbation[target] == batch.perturbation[number]).all() and (dataset.perturbation[control] == 0).all()
         assert (dataset.cell_line[np.append(target, control)] == batch.cell_line[number]).all()
         assert np.array_equal(dataset.batch[target], dataset.batch[control])
-        assert np.array_equal(dataset.batch[control], batch.batch[number])
+        assert np.array_equal(dataset.batch[control], batch.gem_group[number])
         assert len(set(target)) == len(set(control)) == 16 and not set(target) & set(control)
         seen.add((batch.cell_line[number], batch.perturbation[number]))
     assert seen == {(line, p) for line in range(2) for p in range(4)}        # controls are a condition of each line

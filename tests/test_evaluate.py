@@ -285,13 +285,13 @@ def test_joint_wasserstein_is_marked_where_many_dimensions_and_few_cells_reward_
     assert {"w1", "w2"} <= narrow and not {"sw1", "sw2", "energy", "mse", "pearson_delta"} & narrow
     table = evaluate.table_blocks(summary)[0]
     assert table.headings[0].strip() == "W1!" and table.headings[2].strip() == "SW1"
-    assert any("too narrow" in note for note in evaluate.footnotes(summary))
+    assert any("too narrow" in note for note in evaluate.footnotes(summary, "ptrag"))
 
 
 def test_no_metric_is_marked_where_cells_are_many_and_dimensions_few():
     clear = made({("A", p): (80, np.eye(3)[i] * 3) for i, p in enumerate("pqr")}, genes=3, controls=90)
     summary = evaluate.summarise(measured(clear, lambda condition: clear.expression[clear.cells(0, 0)[:80]]))
-    assert not any(row["narrow"] for row in summary) and not any("narrow" in note for note in evaluate.footnotes(summary))
+    assert not any(row["narrow"] for row in summary) and not any("narrow" in note for note in evaluate.footnotes(summary, "ptrag"))
 
 
 def test_standing_knows_metrics_of_which_more_is_better():
@@ -455,7 +455,7 @@ def test_overlap_between_lines_falls_below_shuffled_lines_only_where_selection_d
 
 def test_settled_selection_is_said_in_words():
     word = lambda *values: evaluate.settled(np.array(values))
-    assert "settled at all" in word(0.88, 0.9) and "noise floor" in word(0.12, 0.13) and "settled at none" in word(0.0, 0.01)
+    assert "settled at using all" in word(0.88, 0.9) and "noise floor" in word(0.12, 0.13) and "settled at none" in word(0.0, 0.01)
     assert "indifferent" in word(0.5, 0.5) and "chooses" in word(0.9, 0.2, 0.4)
 
 
@@ -518,7 +518,7 @@ def test_anyones_predictions_are_evaluated_from_two_files(files, capsys):
     values = [float(row["energy"]) for row in rows]
     assert float(summary["prediction", "energy"]["mean"]) == pytest.approx(np.mean(values), rel=1e-5)
     assert float(summary["prediction", "energy"]["standard_error"]) == pytest.approx(np.std(values, ddof=1) / math.sqrt(6), rel=1e-5)
-    assert "1 conditions have no real cells and are left out: A, unknown" in printed and "6 conditions" in printed
+    assert "1 conditions have no real cells and are left out: A / unknown" in printed and "6 conditions" in printed
     assert max(len(line) for line in printed.splitlines() if str(folder) not in line) <= 140
 
 

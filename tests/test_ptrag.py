@@ -256,6 +256,13 @@ def test_identical_clouds_have_zero_energy_distance_and_finite_gradients():
         assert energy.abs().max() <= 1e-6 * scale and torch.isfinite(x.grad).all()
 
 
+def test_distances_to_a_cloud_that_is_not_a_number_are_not_numbers():
+    x, y = torch.full((1, 4, 3), math.nan), torch.randn(1, 5, 3)
+    assert ptrag.energy_distance(x, y).isnan().all() and ptrag.wasserstein_1d(x[..., 0], y[..., 0]).isnan().all()
+    with pytest.raises(RuntimeError):
+        ptrag.wasserstein(x, y, max_rounds=2)
+
+
 def test_gradient_of_the_energy_distance_is_that_of_the_plain_formula():
     torch.manual_seed(0)
     x, y = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True), torch.randn(1, 8, 4, dtype=torch.float64)
@@ -398,6 +405,34 @@ def test_a_gene_taught_after_training_is_predicted_like_the_known_gene_with_its_
     assert np.array_equal(ptrag.predict(model, control, "NEW").cells, ptrag.predict(model, control, known).cells)
     with pytest.raises(ptrag.InputError, match="did you mean"):
         ptrag.predict(model, control, known[:-1])
+
+
+def test_a_model_of_random_candidates_draws_them_for_new_genes_too_and_keeps_those_it_had():
+    model = small_model(candidates="random")
+    model.perturbations, before = [str(i) for i in range(12)], model.candidates.clone()
+    ptrag.add_perturbations(model, ["NEW"], model.embeddings[5:6].numpy())
+    assert torch.equal(model.candidates[:12], before)
+    assert not torch.equal(model.candidates[12], ptrag.retrieve(model.embeddings, model.pool, 4)[0][12])
+    with pytest.raises(ptrag.InputError, match="already"):
+        ptrag.add_perturbations(model, ["NEW"], model.embeddings[5:6].numpy())
+
+
+def test_misspelt_ways_to_retrieve_or_select_are_errors():
+    model = small_model()
+    with pytest.raises(ValueError, match="nearest, random or least"):
+        ptrag.retrieve(model.embeddings, model.pool, 2, "nearst")
+    with pytest.raises(ValueError, match="threshold"):
+        model.selector(torch.randn(1, 2, 16), torch.randn(1, 16), torch.randn(1, 4, 16), select="expcted")
+
+
+def test_the_mean_probability_to_be_selected_never_falls_below_twelve_percent_whatever_the_scorer():
+    torch.manual_seed(0)
+    selector = ptrag.Selector(8).eval()
+    torch.nn.init.zeros_(selector.score_out.weight)
+    selector.score_out.weight.data.normal_(std=1e-4)
+    selector.score_out.bias.data = torch.tensor([50.0, -50.0])                                     # as sure as can be: use none
+    _, selection = selector(torch.randn(1, 40, 8), torch.randn(1, 8), torch.randn(1, 6, 8), select="expected")
+    assert selection.weights.mean().item() == pytest.approx(1 / (1 + math.exp(2)), rel=5e-3)
 
 
 def test_hard_negatives_replace_the_last_candidates_by_the_least_similar_genes():

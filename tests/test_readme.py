@@ -83,4 +83,4 @@ def test_public_functions_give_the_shapes_their_docstrings_say():
     dataset = data.simulate(cell_lines=2, perturbations=6, genes=G, cells=8, controls=10)
     batch = data.SetSampler(dataset, dataset.conditions(), S, 0).draw(0, range(B))
     assert batch.control.shape == batch.target.shape == (B, S, G)
-    assert batch.perturbation.shape == batch.cell_line.shape == (B,) and batch.batch.shape == (B, S)
+    assert batch.perturbation.shape == batch.cell_line.shape == (B,) and batch.gem_group.shape == (B, S)
