@@ -193,12 +193,11 @@ def dropout_mask(shape, p, device):
     """Bernoulli(1 - p) mask of zeros and ones, to within 2^-16 of p; sixteen random bits an element, four elements to one draw.
 
     F.dropout would keep no mask for the backward pass to use again and draws each element alone, which takes several times as long.
-    Bytes: unlike booleans they are turned into floats eight at a time.
+    The booleans are read as bytes: those are turned into floats eight at a time.
     """
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2**63, None)
-    keep = torch.empty(count, dtype=torch.uint8, device=device)
-    return torch.ge(bits.view(torch.int16)[:count], round(p * 2**16) - 2**15, out=keep).view(shape)
+    return (bits.view(torch.int16)[:count] >= round(p * 2**16) - 2**15).view(torch.uint8).view(shape)
 
 
 class PairLogits(torch.autograd.Function):
