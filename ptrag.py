@@ -122,7 +122,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: retrieve (paper, section 3.1)
+# Stage 1: retrieve, once for every perturbation
 # ---------------------------------------------------------------------------------------------------------------------
 
 def retrieve(embeddings, pool, k, how="nearest", seed=0):
@@ -160,7 +160,7 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: select (paper, section 3.2)
+# Stage 2: select, for every cell and candidate
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Selection(NamedTuple):
@@ -203,7 +203,7 @@ def dropout_mask(shape, p, device):
 class PairLogits(torch.autograd.Function):
     """The scorer's MLP on every (cell, candidate) pair: l_sk = (GELU(a_sk) * keep_sk) W^T with a_sk = r_sk (c_s + p_k) + b.
 
-    cell c (B, S, h), candidate p (B, K, h), scale r (B, S, K), shift b (h,), weight W (2, h), keep (B, S, K, h) of 0 and 1 (dropout)
+    cell c_s (B, S, h), candidate p_k (B, K, h), scale r (B, S, K), shift b (h,), weight W (2, h), keep (B, S, K, h) of 0 and 1 (dropout)
     or None -> (B, S, K, 2). Written as a function with its own gradient because the pairs are the only large thing in stage 2: one set
     at a time they stay in the cache, and the backward pass computes them again instead of keeping them. With dl the gradient of the
     logits and d_sk = (dl_sk W) keep_sk GELU'(a_sk):
@@ -242,7 +242,7 @@ class PairLogits(torch.autograd.Function):
 
 
 class Selector(nn.Module):
-    """Which candidates does each cell use? (paper, equations 4-8)
+    """Which candidates does each cell use?
 
     For cell s, query p and candidate k, with z_sk = LayerNorm([c_s; p; p_k]) of size 3h:
         logits   l_sk = MLP(z_sk), divided by their standard deviation over the set        (S, K, 2)
@@ -330,7 +330,7 @@ class Selector(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Vanilla RAG's stage 2: attend to all K candidates (paper, baseline "vanilla RAG").
+    """Vanilla RAG's stage 2: attend to all K candidates (the paper's baseline).
 
     query (c_s + p) Wq + bq; keys and values linear maps of a linear projection of the candidates' embeddings; softmax scaled by sqrt(h).
     """
@@ -350,7 +350,7 @@ class CrossAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generator: a set transformer (paper, section 3.3)
+# Generator: a transformer over the set of cells
 # ---------------------------------------------------------------------------------------------------------------------
 
 def rotate(x, theta=10_000.0):
@@ -401,6 +401,7 @@ class Generator(nn.Module):
 
     def forward(self, x):
         """x (B, S, h) -> (B, S, h)"""
+        x = x.to(self.norm.weight.dtype)                                                           # sums stay exact with --bf16
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -484,7 +485,7 @@ class PTRAG(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss and distances (paper, section 3.4 and appendix): between populations, so between sets of cells without an order
+# Loss and distances: between populations, so between sets of cells without an order
 # ---------------------------------------------------------------------------------------------------------------------
 
 def pairwise_distance(x, y):
@@ -623,7 +624,7 @@ def coupling_bounds(cost, plan, f, g):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training (paper, section 3.4): one loss, one loop
+# Training: one loss, one loop
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(model, batches, validation, config, run):

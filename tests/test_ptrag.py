@@ -221,6 +221,21 @@ def test_the_prediction_of_a_set_is_the_same_alone_and_in_any_batch(method):
         assert torch.allclose(together[i], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ptrag.METHODS)
+def test_bfloat16_changes_predictions_and_gradients_by_its_rounding_only(method):
+    model, (control, perturbation, _) = small_model(method=method, hidden=64, dropout=0.0).train(), random_sets(B=4, S=16)
+    noise, outcome = ptrag.gumbel_noise((4, 16, 4, 2)), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            prediction, _ = model(control, perturbation, None, noise)
+        ptrag.energy_distance(prediction.float(), control.flip(0)).mean().backward()
+        outcome.append([prediction.float(), *(w.grad for w in (model.output.weight, model.cell_encoder.weight))])
+    for exact, rounded in zip(*outcome):
+        assert (exact - rounded).norm() <= 0.03 * exact.norm()
+    assert not torch.equal(outcome[0][0], outcome[1][0])
+
+
 def test_frozen_generator_and_output_layer_do_not_train_and_the_rest_does():
     model = small_model(freeze_generator=True).train()
     control, perturbation, _ = random_sets()
