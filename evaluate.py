@@ -346,6 +346,7 @@ class Results:
 
 
 def condition_name(dataset, condition):
+    """Cell line and perturbation of a condition in one text."""
     return f"{dataset.cell_lines[condition[0]]}:{dataset.perturbations[condition[1]]}"
 
 
@@ -924,6 +925,7 @@ def svg(width, height, title, parts):
 
 
 def svg_text(x, y, text, kind=""):
+    """A piece of text at a point of an SVG."""
     return f'<text x="{x:.0f}" y="{y:.0f}" class="{kind}">{html.escape(str(text))}</text>'
 
 

@@ -151,9 +151,9 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
         cosine = (unit[queries] @ unit[pool].T).round(decimals=9)                                  # (Q, N)
         rank = cosine if how == "nearest" else -cosine
         if how == "random":
-            rank = torch.rand(cosine.shape, generator=chance, device=cosine.device)
-        rank = rank.masked_fill(queries[:, None] == pool, -math.inf)
-        best = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]                       # (Q, k)
+            rank = torch.rand(cosine.shape, generator=chance, device=cosine.device).double()
+        rank = rank - 1e-15 * torch.arange(len(pool), device=pool.device)                          # less than the rounding: breaks ties
+        best = rank.masked_fill(queries[:, None] == pool, -math.inf).topk(k).indices               # (Q, k)
         candidates[queries] = pool[best]
         similarity[queries] = cosine.gather(1, best).to(similarity.dtype)
     return candidates, similarity
