@@ -1104,6 +1104,8 @@ def pack(path, output, say=print, hvg=2000, keep_targets=False, **options):
     with file:
         if isinstance(source.matrix, np.ndarray):
             raise DataError(f"{path}: is packed already")
+        if not source.dataset.conditions():
+            raise DataError(f"{path}: holds no perturbed cells, only controls: there is nothing to train on")
         say(f"packing: {path}, {source.layout}")
         columns = choose_genes(source, hvg, keep_targets)
         dataset = source.dataset
@@ -1546,6 +1548,8 @@ def info(path, genept=None, say=print, hvg=2000, **options):
     with file:
         dataset = source.dataset
     conditions = dataset.conditions()
+    if not conditions:
+        raise DataError(f"{path}: holds no perturbed cells, only controls: there is nothing to train on")
     say(f"{path}: {source.layout}")
     say(f"cells         {len(dataset.cell_line):,} to use")
     chosen = f"; the {hvg:,} most variable will be used" if len(dataset.genes) > hvg and "X_hvg" not in source.layout else ""
