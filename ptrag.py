@@ -911,7 +911,8 @@ class Run:
         if self.rank == 0 and (last or now - self.last_said > (0.2 if sys.stdout.isatty() else 10)):
             self.last_said, seconds = now, now - self.started
             left = seconds / (step - self.first_step) * (self.config.steps - step)
-            line = (f"{self.label:<16} step {step}/{self.config.steps}  loss {loss.item():.4f}  validation {self.validation:.4f}"
+            shown = "-" if math.isnan(self.validation) else f"{self.validation:.4f}"
+            line = (f"{self.label:<16} step {step}/{self.config.steps}  loss {loss.item():.4f}  validation {shown}"
                     f"  {self.cells_done / seconds:,.0f} cells/s  {left:.0f} s left")
             self.say(f"\r{line:<110}" if sys.stdout.isatty() else line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
 
