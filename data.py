@@ -1379,7 +1379,8 @@ def evaluation_cells(dataset, condition, seed, max_cells=1000, multiple_of=1):
     """Real cells of a condition and control cells to predict them from: row numbers (n,) and (m,).
 
     n is the condition's cells, at most `max_cells` (a random part of them then); m is n rounded up to a multiple of
-    `multiple_of`. Control i has the gem group of real cell i (of i - n beyond n). Depends on the seed and the names only.
+    `multiple_of`. Control i has the gem group of real cell i (of i - n beyond n). Depends on the seed and the names only, the first n
+    controls not on `multiple_of`.
     """
     line, perturbation = condition
     name = f"{seed}:{dataset.cell_lines[line]}:{dataset.perturbations[perturbation]}"
@@ -1387,8 +1388,9 @@ def evaluation_cells(dataset, condition, seed, max_cells=1000, multiple_of=1):
     real = dataset.cells(line, perturbation)
     if len(real) > max_cells:
         real = np.sort(pick(rng, real, max_cells))
-    partners = np.resize(dataset.batch[real], -(-len(real) // multiple_of) * multiple_of)            # (m,)
-    return real, paired_controls(dataset, rng, line, partners, real if perturbation == 0 else ())
+    groups, avoid = dataset.batch[real], real if perturbation == 0 else ()
+    parts = [paired_controls(dataset, rng, line, np.resize(groups, number), avoid) for number in (len(real), -len(real) % multiple_of)]
+    return real, np.concatenate(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ simulation

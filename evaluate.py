@@ -384,7 +384,7 @@ def describe_line(dataset, conditions, control, pick, seed):
     return Line(control, centre, axes, np.stack(profiles).astype(np.float32), np.stack(half_profiles).astype(np.float32))
 
 
-def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000, multiple_of=1):
+def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures every contender, baseline and anchor on every condition, one cell line after the other: `Results`.
 
     contenders: list of `Contender`; baselines: label -> condition -> response (G,); controls: line -> `Moments` of its control cells.
@@ -398,7 +398,7 @@ def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_ce
     if capped:
         results.notes.append(f"{capped} of {len(conditions)} conditions have more than {max_cells} cells: {max_cells} of each "
                              "are compared, drawn by seed (--max-cells)")
-    pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells, multiple_of)
+    pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
     for code in sorted({line for line, _ in conditions}):
         own = [condition for condition in conditions if condition[0] == code]
         line = describe_line(dataset, own, controls[code], pick, seed)
@@ -418,7 +418,7 @@ def measure_condition(results, line, truth, condition, pick, contenders, baselin
     """One condition into `results`: all cells in `full`, equal counts in `equal`."""
     dataset, place, name = results.dataset, results.conditions.index(condition), condition_name(results.dataset, condition)
     rows, control_rows = pick(condition)
-    real, control = dataset.expression[rows], dataset.expression[control_rows[:len(rows)]]
+    real, control = dataset.expression[rows], dataset.expression[control_rows]
     targets = set(dataset.perturbations[condition[1]].split("+"))
     excluded = np.array([gene in targets for gene in dataset.genes])
     predicted = [contender.cells(condition) for contender in contenders]
@@ -1136,7 +1136,7 @@ def read_predictions(path, dataset, label, files):
 def check_same_task(folders, configs):
     """Runs stand in one table only when they were tested on the same cells."""
     for folder, config in zip(folders, configs):
-        for name in ("data", "genept", "split", "seed", "max_cells", "cells", "hvg"):
+        for name in ("data", "genept", "split", "seed", "max_cells", "hvg"):
             if getattr(config, name) != getattr(configs[0], name):
                 raise data.DataError(f"{folder}: has {name} {getattr(config, name)!r}, {folders[0]} {getattr(configs[0], name)!r}; "
                                      "runs on different cells cannot stand in one table")
@@ -1168,7 +1168,7 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=print, full=F
         training = mean_responses(dataset, split.train, controls, config.seed, config.max_cells)
         validation = mean_responses(dataset, split.validation, controls, config.seed, config.max_cells)
         baselines, notes = baseline_responses(dataset, split.test, training, validation, config.top_k)
-        results = measure(dataset, split.test, contenders, baselines, controls, config.seed, config.max_cells, config.cells)
+        results = measure(dataset, split.test, contenders, baselines, controls, config.seed, config.max_cells)
     pooled = {"train": split.train, "trainval": split.train + split.validation}.get(config.pool, dataset.conditions())
     pool = {dataset.perturbations[p] for _, p in pooled}
     retrieval = describe_retrieval(results, candidates, pool, training | validation | results.responses, empty)

@@ -175,29 +175,30 @@ class Selection(NamedTuple):
 
 
 def gumbel_noise(shape, device=None):
-    """Standard Gumbel noise of any shape: minus the logarithm of an exponential variable."""
-    return -torch.empty(shape, device=device).exponential_().log()
+    """Standard Gumbel noise of any shape, -log(-log(u)) of a uniform u: the inverse of its distribution exp(-exp(-x))."""
+    return -torch.rand(shape, device=device).clamp_(min=1e-38).log_().neg_().log_()
 
 
 def straight_through(logits, temperature, noise):
     """Straight-through Gumbel-Softmax over two outcomes: 0 or 1 forward, the gradient of the soft weight backward.
 
-    logits, noise: (..., 2) -> weights (...); Jang, Gu, Poole 2017.
+    logits, noise: (..., 2) -> weights (...); Jang, Gu, Poole 2017. The softmax over two is the sigmoid of their difference.
     """
-    soft = torch.softmax((logits + noise) / temperature, dim=-1)[..., 1]
+    soft = torch.sigmoid((logits + noise).diff(dim=-1)[..., 0] / temperature)
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())
 
 
 def dropout_mask(shape, p, device):
-    """Bernoulli(1 - p) mask of zeros and ones, to within 2^-16 of p; sixteen random bits an element, four elements to one draw.
+    """Bernoulli(1 - p) mask of zeros and ones: a random byte an element, eight from one draw, against 256 p.
 
-    F.dropout would keep no mask for the backward pass to use again and draws each element alone, which takes several times as long.
-    The booleans are read as bytes: those are turned into floats eight at a time.
+    256 p is rounded up or down at random in every call, up with the probability of its fraction, so an element is zero with
+    probability p. F.dropout would keep no mask for the backward pass to use again and draws each element alone, which takes several
+    times as long.
     """
-    count = math.prod(shape)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-2**63, None)
-    return (bits.view(torch.int16)[:count] >= round(p * 2**16) - 2**15).view(torch.uint8).view(shape)
+    count, threshold = math.prod(shape), int(256 * p + torch.rand(()))
+    draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-2**63, None)
+    return draws.view(torch.uint8)[:count].view(shape).ge_(threshold)
 
 
 class PairLogits(torch.autograd.Function):

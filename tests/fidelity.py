@@ -151,7 +151,7 @@ def measure_variant(variant, models, config, dataset, split, controls):
             contenders.append(evaluate.Contender("variant", f"{seed}.{draw}", cells.__getitem__))
     not_measured = lambda x, y, p=None: x.new_full((len(x),), math.nan)  # joint distances and MMD: slow, and not in this table
     with patch.object(ptrag, "wasserstein", not_measured), patch.object(evaluate, "mmd", not_measured):
-        results = evaluate.measure(dataset, split.test, contenders, {}, controls, config.seed, config.max_cells, config.cells)
+        results = evaluate.measure(dataset, split.test, contenders, {}, controls, config.seed, config.max_cells)
     return results, np.mean(inputs, axis=0)
 
 

@@ -586,8 +586,7 @@ def write_run(folder, dataset, split, strength, seeds=("0",), **options):
         for method, part in (("state", strength / 2), ("ptrag", strength)):
             for seed in seeds:
                 for line, p in split.test:
-                    real, control = data.evaluation_cells(dataset, (line, p), 0, 1000, 8)
-                    control = control[:len(real)]
+                    real, control = data.evaluation_cells(dataset, (line, p), 0)
                     response = dataset.expression[real].mean(0) - dataset.expression[dataset.cells(line, 0)].mean(0)
                     cells = np.maximum(dataset.expression[control] + (part + 0.05 * int(seed)) * response, 0)
                     names = {"method": method, "seed": seed,

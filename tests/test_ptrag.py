@@ -126,7 +126,7 @@ def test_straight_through_weights_are_zero_or_one_with_the_gradient_of_the_soft_
     through, = torch.autograd.grad((hard * slope).sum(), logits)
     soft = torch.softmax((logits + noise) / 0.5, -1)[:, 1]
     expected, = torch.autograd.grad((soft * slope).sum(), logits)
-    assert torch.allclose(through, expected)
+    assert torch.allclose(through, expected, atol=1e-6)
     assert torch.equal(hard.bool(), soft > 0.5)
 
 
@@ -179,8 +179,10 @@ def test_keep_query_adds_cell_and_query_to_the_context():
 
 def test_dropout_keeps_the_share_it_says_and_the_mean():
     torch.manual_seed(0)
-    for p in (0.1, 0.5):
-        assert ptrag.dropout_mask((1000, 999), p, None).float().mean().item() == pytest.approx(1 - p, abs=2e-3)
+    for p in (0.1, 0.5, 0.9):
+        kept = torch.stack([ptrag.dropout_mask((50, 49), p, None) for _ in range(400)])
+        assert set(kept.unique().tolist()) == {0, 1}
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=1e-3)                       # 26/256, the nearest to 0.1, is too far
     selector = ptrag.Selector(16, dropout=0.5)
     cell, query, candidate = torch.randn(1, 3, 16), torch.randn(1, 16), torch.randn(1, 4, 16)
     parts = torch.randn(1, 3, 16), torch.randn(1, 4, 16), torch.rand(1, 3, 4), torch.randn(16)
