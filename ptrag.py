@@ -189,6 +189,94 @@ def straight_through(logits, temperature, noise):
     return hard + (soft - soft.detach())
 
 
+class Selector(nn.Module):
+    """Which candidates does each cell use?
+
+    For cell s, query p and candidate k, with z_sk = LayerNorm([c_s; p; p_k]) of size 3h:
+        logits   l_sk = MLP(z_sk), divided by their standard deviation over the set        (S, K, 2)
+        weights  w_sk = straight-through Gumbel-Softmax(l_sk) in {0, 1}                     (S, K)
+        context  u_s  = sum_k w_sk (z_sk Wv + bv)                                           (S, h)
+
+    No z_sk is ever built. With gain g and shift b of the LayerNorm, and W any linear map that follows it,
+        W z_sk = (W g) [c_s - m; p - m; p_k - m] r_sk + W b,      m the mean and r_sk one over the standard deviation of the 3h numbers.
+    Subtracting the mean before W g is the same as giving each row of W g the mean zero. Call that W': then
+        W z_sk = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W b:
+    one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts.
+    Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
+    product of (S, K) and (K, h); only the GELU of the MLP has to see every pair (`PairLogits`).
+
+    The division sets a floor under selection by chance: two values a and b, each half of the logits, have the standard deviation
+    |a - b| / 2, so scaled margins l_1 - l_0 cannot all be below -2 and at least sigmoid(-2) = 12 % of the candidates are drawn on average.
+    """
+
+    def __init__(self, hidden, temperature=0.5, dropout=0.1):
+        super().__init__()
+        self.norm = nn.LayerNorm(3 * hidden)
+        self.score_in = nn.Linear(3 * hidden, hidden)
+        self.score_out = nn.Linear(hidden, 2)
+        self.value = nn.Linear(3 * hidden, hidden)
+        self.temperature, self.dropout = temperature, dropout
+
+    def forward(self, cell, query, candidate, valid=None, select="sample", noise=None):
+        """cell (B, S, h), query (B, h), candidate (B, K, h), valid (B, K) bool -> context (B, S, h), Selection
+
+        select: "sample" (draw, as in training; the gradient is straight-through), "threshold" (use where more likely than not),
+        "expected" (weigh each candidate by its probability), "all" (no stage 2). noise: (B, S, K, 2) to use instead of drawn Gumbel
+        noise. Candidates that are not valid are never used.
+        """
+        B, S, h = cell.shape
+        maps = torch.cat([self.score_in.weight, self.value.weight])                                # (2h, 3h), both that read z
+        weight = maps * self.norm.weight                                                           # (2h, 3h), W g
+        shift = F.linear(self.norm.bias, maps, torch.cat([self.score_in.bias, self.value.bias]))   # (2h,), W b
+        weight_c, weight_p, weight_k = (weight - weight.mean(1, keepdim=True)).split(h, dim=1)     # each (2h, h)
+        per_cell = F.linear(cell, weight_c) + F.linear(query, weight_p)[:, None]                   # (B, S, 2h)
+        per_candidate = F.linear(candidate, weight_k)                                              # (B, K, 2h)
+        scale = self.inverse_deviation(cell, query, candidate)                                     # (B, S, K), r_sk
+
+        score_cell, value_cell = per_cell.split(h, dim=-1)                                         # each (B, S, h)
+        score_candidate, value_candidate = per_candidate.split(h, dim=-1)                          # each (B, K, h)
+        score_shift, value_shift = shift.split(h)                                                  # each (h,)
+
+        if select == "all":
+            logits, weights, probability = None, torch.ones_like(scale), torch.ones_like(scale)    # (B, S, K)
+        else:
+            logits = self.score(score_cell, score_candidate, scale, score_shift)                   # (B, S, K, 2)
+            logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+            weights, probability = self.weigh(logits, select, noise)                               # (B, S, K), (B, S, K)
+        if valid is not None:
+            weights, probability = weights * valid[:, None], probability * valid[:, None]
+        scaled = weights * scale                                                                   # (B, S, K)
+        context = scaled.sum(-1, keepdim=True) * value_cell + scaled @ value_candidate + weights.sum(-1, keepdim=True) * value_shift
+        return context, Selection(weights, logits, probability)
+
+    def inverse_deviation(self, cell, query, candidate):
+        """One over the standard deviation of [c_s; p; p_k], from the sums of its parts: (B, S, K)."""
+        parts = (cell[:, :, None], query[:, None, None], candidate[:, None])
+        mean = sum(part.sum(-1) for part in parts) / self.norm.normalized_shape[0]                 # (B, S, K)
+        square = sum((part * part).sum(-1) for part in parts) / self.norm.normalized_shape[0]      # (B, S, K)
+        return ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()
+
+    def score(self, score_cell, score_candidate, scale, shift):
+        """The MLP of every (cell, candidate) pair, a set at a time: (B, S, K, 2)."""
+        keep_share = 1 - self.dropout if self.training else 1.0
+        keep = dropout_mask((*scale.shape, len(shift)), self.dropout, scale.device) if keep_share < 1 else None
+        with torch.autocast(scale.device.type, enabled=False):                                     # bfloat16 is too coarse here
+            parts = [part.to(self.score_out.weight.dtype) for part in (score_cell, score_candidate, scale, shift)]
+            return PairLogits.apply(*parts, self.score_out.weight / keep_share, keep) + self.score_out.bias
+
+    def weigh(self, logits, select, noise=None):
+        """Logits (B, S, K, 2) -> weights (B, S, K) as `select` says, and the probability (B, S, K) of a draw to select."""
+        probability = torch.sigmoid(logits[..., 1] - logits[..., 0])
+        if select == "expected":
+            return probability, probability
+        if select == "threshold":
+            return (logits[..., 1] > logits[..., 0]).to(logits.dtype), probability
+        if select != "sample":
+            raise ValueError(f"select {select!r}: must be sample, threshold, expected or all")
+        noise = gumbel_noise(logits.shape, logits.device) if noise is None else noise
+        return straight_through(logits, self.temperature, noise), probability
+
+
 def dropout_mask(shape, p, device):
     """Bernoulli(1 - p) mask of zeros and ones: a random byte an element, eight from one draw, against 256 p.
 
@@ -240,94 +328,6 @@ class PairLogits(torch.autograd.Function):
             d_inside.mul_(scale[i, :, :, None])
             d_cell[i], d_candidate[i] = d_inside.sum(1), d_inside.sum(0)
         return d_cell, d_candidate, d_scale, d_shift, d_weight, None
-
-
-class Selector(nn.Module):
-    """Which candidates does each cell use?
-
-    For cell s, query p and candidate k, with z_sk = LayerNorm([c_s; p; p_k]) of size 3h:
-        logits   l_sk = MLP(z_sk), divided by their standard deviation over the set        (S, K, 2)
-        weights  w_sk = straight-through Gumbel-Softmax(l_sk) in {0, 1}                     (S, K)
-        context  u_s  = sum_k w_sk (z_sk Wv + bv)                                           (S, h)
-
-    No z_sk is ever built. With gain g and shift b of the LayerNorm, and W any linear map that follows it,
-        W z_sk = (W g) [c_s - m; p - m; p_k - m] r_sk + W b,      m the mean and r_sk one over the standard deviation of the 3h numbers.
-    Subtracting the mean before W g is the same as giving each row of W g the mean zero. Call that W': then
-        W z_sk = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W b:
-    one product per cell, one per query, one per candidate, added. r_sk needs only the sums and sums of squares of the three parts.
-    Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
-    product of (S, K) and (K, h); only the GELU of the MLP has to see every pair (`PairLogits`).
-
-    The division sets a floor under selection by chance: two values a and b, each half of the logits, have the standard deviation
-    |a - b| / 2, so scaled margins l_1 - l_0 cannot all be below -2 and at least sigmoid(-2) = 12 % of the candidates are drawn on average.
-    """
-
-    def __init__(self, hidden, temperature=0.5, dropout=0.1):
-        super().__init__()
-        self.norm = nn.LayerNorm(3 * hidden)
-        self.score_in = nn.Linear(3 * hidden, hidden)
-        self.score_out = nn.Linear(hidden, 2)
-        self.value = nn.Linear(3 * hidden, hidden)
-        self.temperature, self.dropout = temperature, dropout
-
-    def forward(self, cell, query, candidate, valid=None, select="gumbel", noise=None):
-        """cell (B, S, h), query (B, h), candidate (B, K, h), valid (B, K) bool -> context (B, S, h), Selection
-
-        select: "gumbel" or "sample" (draw; the gradient is straight-through), "threshold" (use where more likely than not), "expected"
-        (weigh each candidate by its probability), "all" (no stage 2). noise: (B, S, K, 2) to use instead of drawn Gumbel noise.
-        Candidates that are not valid are never used.
-        """
-        B, S, h = cell.shape
-        weight = torch.cat([self.score_in.weight, self.value.weight]) * self.norm.weight          # (2h, 3h)
-        shift = F.linear(self.norm.bias, torch.cat([self.score_in.weight, self.value.weight]),
-                         torch.cat([self.score_in.bias, self.value.bias]))                         # (2h,)
-        weight_c, weight_p, weight_k = (weight - weight.mean(1, keepdim=True)).split(h, dim=1)     # each (2h, h)
-        per_cell = F.linear(cell, weight_c) + F.linear(query, weight_p)[:, None]                   # (B, S, 2h)
-        per_candidate = F.linear(candidate, weight_k)                                              # (B, K, 2h)
-        scale = self.inverse_deviation(cell, query, candidate)                                     # (B, S, K), r_sk
-
-        score_cell, value_cell = per_cell.split(h, dim=-1)                                         # each (B, S, h)
-        score_candidate, value_candidate = per_candidate.split(h, dim=-1)                          # each (B, K, h)
-        score_shift, value_shift = shift.split(h)                                                  # each (h,)
-
-        if select == "all":
-            logits, weights, probability = None, torch.ones_like(scale), torch.ones_like(scale)    # (B, S, K)
-        else:
-            logits = self.score(score_cell, score_candidate, scale, score_shift)                   # (B, S, K, 2)
-            logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-            weights, probability = self.weigh(logits, select, noise)                               # (B, S, K), (B, S, K)
-        if valid is not None:
-            weights, probability = weights * valid[:, None], probability * valid[:, None]
-        scaled = weights * scale                                                                   # (B, S, K)
-        context = scaled.sum(-1, keepdim=True) * value_cell + scaled @ value_candidate + weights.sum(-1, keepdim=True) * value_shift
-        return context, Selection(weights, logits, probability)
-
-    def inverse_deviation(self, cell, query, candidate):
-        """One over the standard deviation of [c_s; p; p_k], from the sums of its parts: (B, S, K)."""
-        parts = (cell[:, :, None], query[:, None, None], candidate[:, None])
-        mean = sum(part.sum(-1) for part in parts) / self.norm.normalized_shape[0]                 # (B, S, K)
-        square = sum((part * part).sum(-1) for part in parts) / self.norm.normalized_shape[0]      # (B, S, K)
-        return ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()
-
-    def score(self, score_cell, score_candidate, scale, shift):
-        """The MLP of every (cell, candidate) pair, a set at a time: (B, S, K, 2)."""
-        keep_share = 1 - self.dropout if self.training else 1.0
-        keep = dropout_mask((*scale.shape, len(shift)), self.dropout, scale.device) if keep_share < 1 else None
-        with torch.autocast(scale.device.type, enabled=False):                                     # bfloat16 is too coarse here
-            parts = [part.to(self.score_out.weight.dtype) for part in (score_cell, score_candidate, scale, shift)]
-            return PairLogits.apply(*parts, self.score_out.weight / keep_share, keep) + self.score_out.bias
-
-    def weigh(self, logits, select, noise=None):
-        """Logits (B, S, K, 2) -> weights (B, S, K) as `select` says, and the probability (B, S, K) of a draw to select."""
-        probability = torch.sigmoid(logits[..., 1] - logits[..., 0])
-        if select == "expected":
-            return probability, probability
-        if select == "threshold":
-            return (logits[..., 1] > logits[..., 0]).to(logits.dtype), probability
-        if select not in ("gumbel", "sample"):
-            raise ValueError(f"select {select!r}: must be gumbel, sample, threshold, expected or all")
-        noise = gumbel_noise(logits.shape, logits.device) if noise is None else noise
-        return straight_through(logits, self.temperature, noise), probability
 
 
 class CrossAttention(nn.Module):
@@ -464,7 +464,7 @@ class PTRAG(nn.Module):
         selection = None
         if self.method == "ptrag":
             candidate, valid = self.encode_candidates(perturbation, self.perturbation_encoder)     # (B, K, h), (B, K)
-            select = "all" if self.selection == "all" else "gumbel" if self.training else self.select
+            select = "all" if self.selection == "all" else "sample" if self.training else self.select
             u, selection = self.selector(c, p, candidate, valid, select, noise)                    # (B, S, h)
         elif self.method == "vanilla-rag":
             candidate, valid = self.encode_candidates(perturbation, self.attention.project)        # (B, K, h), (B, K)
@@ -968,6 +968,21 @@ def open_data(config):
     return dataset, data.split(dataset, config.split, config.seed)
 
 
+def methods_of(config):
+    """The methods of a configuration, in the order given."""
+    return [name.strip() for name in config.method.split(",")]
+
+
+def seeds_of(config):
+    """The training seeds of a configuration."""
+    return [int(seed) for seed in config.seeds.split(",")] if config.seeds else [config.seed]
+
+
+def device_of(name):
+    """The device of a name, cpu, cuda or cuda:N; without one a GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def fingerprint(dataset, split):
     """A text that changes with the cells, labels, genes or split of a run."""
     digest = hashlib.sha256(json.dumps([dataset.genes, dataset.cell_lines, dataset.perturbations, dataset.batches,
@@ -1058,7 +1073,7 @@ def predict_conditions(model, dataset, conditions, config, draw=0):
 def train_all(config, folder, dataset, split, rank=0, ranks=1):
     """Trains every method with every seed, one after the other, each saved as it is done: {(method, seed): model}."""
     import data
-    device = device_of(config)
+    device = device_of(config.device)
     mark, log, models = fingerprint(dataset, split), [], {}
     sets = range(rank * config.sets // ranks, (rank + 1) * config.sets // ranks)
     for seed in seeds_of(config):
@@ -1133,16 +1148,6 @@ DEMO = dict(split="cell-line:simD", steps=400, lr=2e-3, sets=16, cells=32, top_k
 
 PREDICTION_OPTIONS = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device", "data", "genept", "control",
                       "perturbation_column", "cell_line_column", "batch_column"}
-
-
-def methods_of(config):
-    """The methods of a configuration, in the order given."""
-    return [name.strip() for name in config.method.split(",")]
-
-
-def seeds_of(config):
-    """The training seeds of a configuration."""
-    return [int(seed) for seed in config.seeds.split(",")] if config.seeds else [config.seed]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1236,11 +1241,6 @@ def check_list(flag, values):
         raise InputError(f"{flag}: {twice[0]} is given twice")
 
 
-def device_of(config):
-    """The device of a configuration: the one named, else a GPU where there is one."""
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def check_device(name):
     """Raises InputError unless the device exists here."""
     kind, _, number = name.partition(":")
@@ -1279,15 +1279,15 @@ def configure(given):
     check(config)
     if config.predict:
         return config, None
-    folder = Path("runs") / (config.name or free_name(Path("runs"), config))
+    folder = Path("runs") / (config.name or free_name(Path("runs"), config.data))
     if folder.exists() and processes()[0] == 0:
         raise InputError(f"{folder}: exists; choose another --name, or continue it with --resume {folder}")
     return config, folder
 
 
-def free_name(runs, config):
-    """The first of NAME-1, NAME-2, ... that is free in the folder of runs; NAME says the data."""
-    stem = Path(config.data).stem if config.data else "simulated"
+def free_name(runs, data_file):
+    """The first of NAME-1, NAME-2, ... that is free in the folder of runs; NAME is that of the data."""
+    stem = Path(data_file).stem if data_file else "simulated"
     return next(name for name in (f"{stem}-{i}" for i in range(1, 10**9)) if not (runs / name).exists())
 
 
@@ -1340,7 +1340,7 @@ def run_prediction(config, method=None):
     """Predicts cells for genes, perturbed in the data or not, writes them as AnnData and prints what changes most."""
     import data
     stored = read_config(config.model)
-    model = load(config.model, method).to(device_of(config))
+    model = load(config.model, method).to(device_of(config.device))
     model.select = config.select
     genept = config.genept or (stored.genept if Path(stored.genept).is_file() else "")
     if config.data:                                                                                # all its genes: the model's among them

@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import h5py
@@ -132,7 +133,7 @@ def plain_context(model, perturbation, cell, query, noise=None, run=at_once):
     z = run("concatenation and norm", join, cell, query, candidate)                                # (B, S, K, 3h)
     logits = run("scorer", score, z)                                                               # (B, S, K, 2)
     logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    weights, probability = stage.weigh(logits, "gumbel", noise)                                    # (B, S, K)
+    weights, probability = stage.weigh(logits, "sample", noise)                                    # (B, S, K)
     value = run("value map", stage.value, z)                                                       # (B, S, K, h)
     context = run("sum", lambda w, v: (w[..., None] * v).sum(2), weights, value)                   # (B, S, h)
     return context, ptrag.Selection(weights, logits, probability)
@@ -564,8 +565,45 @@ def drawing_rows(packed, train, steps=6):
             row("share of a training step spent waiting for data", f"{100 * share:.1f} %", "under 25 %", share < 0.25)]
 
 
+def whole_test_set(packed, conditions):
+    """Seconds to predict and to evaluate many test conditions of a packed file with an untrained default model; their cells; peak GB.
+
+    Memory is what the process allocated (RssAnon): pages of the mapped file are the system's to take back.
+    """
+    config, peak, watching = replace(DEFAULT, data=packed), [0.0], threading.Event()
+
+    def watch():
+        while not watching.wait(0.05):
+            peak.append(memory("RssAnon"))
+
+    dataset = data.load(packed)
+    split = data.split(dataset, config.split)
+    split.test = split.test[::max(1, len(split.test) // conditions)][:conditions]
+    models = {("ptrag", 0): ptrag.build_model(config, dataset, split)}
+    before, watcher = memory("RssAnon"), threading.Thread(target=watch)
+    watcher.start()
+    with tempfile.TemporaryDirectory() as folder:
+        ptrag.write_file(Path(folder, "config.json"), json.dumps(asdict(config)).encode())
+        predicting = seconds(lambda: ptrag.write_predictions(Path(folder), models, dataset, split, config))
+        evaluating = seconds(lambda: evaluate.evaluate_runs([folder], dataset, split, say=lambda text: None))
+        stored = os.path.getsize(Path(folder, "predictions.h5ad")) / 1e9
+    watching.set()
+    watcher.join()
+    cells = sum(min(config.max_cells, len(dataset.cells(*condition))) for condition in split.test)
+    return {"conditions": len(split.test), "cells": cells, "predicting": predicting, "evaluating": evaluating,
+            "memory": max(peak) - before, "stored": stored}
+
+
+def test_set_row(packed, conditions):
+    """The whole test set, a condition at a time."""
+    found = in_a_process(whole_test_set, packed=packed, conditions=conditions)
+    return row(f"predict and evaluate {found['conditions']:,} test conditions, {found['cells']:,} cells x {GENES}",
+               f"{found['predicting']:.0f} s + {found['evaluating']:.0f} s, {found['memory']:.2f} GB; the predictions are {found['stored']:.1f} GB",
+               "under 2 GB", found["memory"] < 2)
+
+
 def data_rows(quick):
-    """Packing, looking into and drawing from files of the full shape (--quick: a fiftieth of the cells), made here."""
+    """Packing, looking into and drawing from files of the full shape (--quick: a fiftieth of the cells), made here; the test set."""
     cells = CELLS // 50 if quick else CELLS
     with tempfile.TemporaryDirectory() as folder:
         path, packed, genept = (os.path.join(folder, name) for name in ("input.h5ad", "packed.h5", "embeddings.npz"))
@@ -575,7 +613,8 @@ def data_rows(quick):
         rows = pack_rows(f"CSR {cells:,} x {ALL_GENES:,}", path, packed, genept)
         make_dense(path, cells)
         rows += pack_rows(f"dense {cells:,} x {GENES:,}", path, packed, genept)
-        return rows + drawing_rows(packed, Training(make_model(DEFAULT), DEFAULT, make_batch(DEFAULT)))
+        rows += drawing_rows(packed, Training(make_model(DEFAULT), DEFAULT, make_batch(DEFAULT)))
+        return rows + [test_set_row(packed, 20 if quick else 2500)]
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -595,7 +634,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.process:
         asked = json.loads(options.process)
-        task = {"step_memory": step_memory, "energy_memory": energy_memory}[asked.pop("task")]
+        task = {task.__name__: task for task in (step_memory, energy_memory, whole_test_set)}[asked.pop("task")]
         print(json.dumps(task(**asked)))
         return 0
     if unknown := set(options.only.split(",")) - set(PARTS):
