@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import tomllib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -215,7 +216,8 @@ def try_first(path, read):
     """
     if not hasattr(os, "fork"):
         return
-    process = os.fork()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):    # of forking beside threads: the child uses none
+        process = os.fork()
     if process == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)       # the alarm ends this process wherever it is stuck
         signal.alarm(SECONDS_TO_OPEN + os.path.getsize(path) // 50_000_000)
@@ -481,11 +483,26 @@ def entries(matrix, begin, end):
     return values, indices
 
 
+def check_distinct(block, begin, where):
+    """The block, a `SparseRows` whose first row is number `begin`; `DataError` where a row holds two values for one gene."""
+    follows = block.columns[1:] > block.columns[:-1]
+    starts = block.pointers[1:-1]
+    follows[starts[(starts > 0) & (starts < len(block.columns))] - 1] = True
+    if not follows.all():                                                       # not in order, so perhaps twice
+        rows = np.repeat(np.arange(block.shape[0]), np.diff(block.pointers))
+        places, counts = np.unique(rows * block.shape[1] + block.columns, return_counts=True)
+        if (counts > 1).any():
+            row, column = divmod(int(places[counts > 1][0]), block.shape[1])
+            raise DataError(f"{where} holds several values for cell {begin + row}, gene {column}; add them up first (scipy: sum_duplicates)")
+    return block
+
+
 def row_blocks(matrix):
     """The matrix in file order, a bounded number of rows at a time: yields (first row, (n, G) array or `SparseRows`)."""
     rows, genes = matrix.shape
     if matrix.layout == "csc":
-        yield from transposed_blocks(matrix)
+        for begin, block in transposed_blocks(matrix):
+            yield begin, check_distinct(block, begin, matrix.where)
     elif matrix.layout == "csr":
         begin = 0
         while begin < rows:
@@ -493,7 +510,8 @@ def row_blocks(matrix):
             end = max(begin + 1, int(np.searchsorted(matrix.pointers, most, side="right")) - 1)
             end = min(end, begin + max(1, BLOCK_BYTES // (4 * genes)), rows)    # a block must be small when made dense, too
             first, last = matrix.pointers[[begin, end]]
-            yield begin, SparseRows(*entries(matrix, first, last), matrix.pointers[begin:end + 1] - first, genes)
+            block = SparseRows(*entries(matrix, first, last), matrix.pointers[begin:end + 1] - first, genes)
+            yield begin, check_distinct(block, begin, matrix.where)
             begin = end
     else:
         chunk = matrix.values.chunks[0] if matrix.values.chunks else 1

@@ -103,6 +103,23 @@ def test_every_matrix_layout_gives_the_same_expression(tmp_path, layout):
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc"])
+def test_entries_of_a_sparse_matrix_may_stand_in_any_order_but_not_twice(tmp_path, kind):
+    matrix, path = counts(), tmp_path / "x.h5ad"
+    write(path, matrix)
+    with h5py.File(path, "a") as file:
+        del file["X"]
+        group = write_sparse(file, "X", matrix, kind)
+        begin, end = group["indptr"][3:5]
+        for name in ("data", "indices"):
+            group[name][begin:end] = group[name][begin:end][::-1]
+    np.testing.assert_allclose(everything(load(path)), expected(matrix), rtol=1e-5)
+    with h5py.File(path, "a") as file:
+        file["X/indices"][begin + 1] = file["X/indices"][begin]
+    with pytest.raises(data.DataError, match="several values for cell .*, gene .*sum_duplicates"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc"])
 def test_matrices_larger_than_a_block_are_read_whole(tmp_path, monkeypatch, kind):
     matrix, path = counts(97), tmp_path / "x.h5ad"
     write(path, matrix)
