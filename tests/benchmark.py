@@ -598,7 +598,8 @@ def test_set_row(packed, conditions):
     """The whole test set, a condition at a time."""
     found = in_a_process(whole_test_set, packed=packed, conditions=conditions)
     return row(f"predict and evaluate {found['conditions']:,} test conditions, {found['cells']:,} cells x {GENES}",
-               f"{found['predicting']:.0f} s + {found['evaluating']:.0f} s, {found['memory']:.2f} GB; the predictions are {found['stored']:.1f} GB",
+               f"{found['predicting']:.0f} s + {found['evaluating']:.0f} s, {found['memory']:.2f} GB; "
+               f"the predictions are {found['stored']:.1f} GB",
                "under 2 GB", found["memory"] < 2)
 
 

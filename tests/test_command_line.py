@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import ptrag
 
-TINY = ["--hidden", "8", "--layers", "1", "--heads", "2", "--head-dim", "4", "--feed-forward", "16", "--cells", "8", "--sets", "4", "--top-k", "3"]
+TINY = "--hidden 8 --layers 1 --heads 2 --head-dim 4 --feed-forward 16 --cells 8 --sets 4 --top-k 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +131,11 @@ def test_several_seeds_train_several_models(tmp_path, files):
     assert {row["seed"] for row in table(tmp_path / "runs/s/retrieval.csv")} == {"0", "5"}
 
 
-@pytest.mark.parametrize("options", [["--select", "threshold"], ["--select", "sample"], ["--freeze-generator", "--causal", "--rotary"], ["--keep-query"],
-                                     ["--candidates", "random"], ["--selection", "all"], ["--hard-negatives", "0.6"], ["--pool", "full"],
-                                     ["--batch-covariate"], ["--bf16"]], ids=" ".join)
+@pytest.mark.parametrize("options", ["--select threshold", "--select sample", "--freeze-generator --causal --rotary", "--keep-query",
+                                     "--candidates random", "--selection all", "--hard-negatives 0.6", "--pool full",
+                                     "--batch-covariate", "--bf16"])
 def test_each_variant_of_the_method_runs_and_changes_the_predictions(tmp_path, files, options):
+    options = options.split()
     method = ["--method", "ptrag", "--steps", 3]
     assert run(tmp_path, *files, *TINY, *method, "--name", "plain") == 0
     assert run(tmp_path, *files, *TINY, *method, "--name", "variant", *options) == 0
@@ -312,7 +313,8 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one_with_the_wh
 def test_torchrun_with_two_processes_trains_what_one_process_trains_and_one_of_them_writes(tmp_path, files):
     options = [*files, *TINY, "--steps", "4", "--method", "state-genept", "--device", "cpu"]
     assert run(tmp_path, *options, "--name", "one") == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", str(ROOT / "ptrag.py"), *options, "--name", "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "ptrag.py"), *options,
+               "--name", "two"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("conditions train") == 1
@@ -349,7 +351,8 @@ def test_predict_writes_anndata_for_genes_perturbed_in_the_data_or_not_and_names
 def test_predict_uses_the_selection_asked_for_and_refuses_options_of_training(trained, capsys):
     cells = {}
     for select in ("expected", "threshold", "sample"):
-        options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 20, "--model", "runs/m", "-o", f"{select}.h5ad", "--select", select]
+        options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 20, "--model", "runs/m", "-o", f"{select}.h5ad",
+                   "--select", select]
         assert run(trained, *options) == 0
         with h5py.File(trained / f"{select}.h5ad") as file:
             cells[select] = file["X"][:].tobytes()
@@ -363,12 +366,14 @@ def test_a_model_predicts_from_a_new_file_when_the_file_it_was_trained_on_has_go
     moved = tmp_path / "m"
     shutil.copytree(trained / "runs/m", moved)
     (moved / "config.json").write_text(json.dumps({**config, "data": "gone.h5", "genept": "gone.npz", "device": "cuda"}))
-    options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 5, "--model", moved, "-o", "out.h5ad", "--data", files[1], "--device", "cpu"]
+    options = ["--predict", "GENE003", "--cell-line", "simA", "--cells", 5, "--model", moved, "-o", "out.h5ad", "--data", files[1],
+               "--device", "cpu"]
     assert run(tmp_path, *options) == 0
 
 
 def test_all_predicts_every_perturbation_and_another_method_can_be_chosen(trained):
-    assert run(trained, "--predict", "all", "--cell-line", "simA", "--cells", 5, "--model", "runs/m", "-o", "all.h5ad", "--method", "state") == 0
+    options = ["--predict", "all", "--cell-line", "simA", "--cells", 5, "--model", "runs/m", "-o", "all.h5ad", "--method", "state"]
+    assert run(trained, *options) == 0
     with h5py.File(trained / "all.h5ad") as file:
         assert file["X"].shape[0] == 14 * 5
 
@@ -390,8 +395,8 @@ def test_control_cells_of_a_new_file_are_aligned_by_gene_name(trained, files, tm
     def write(genes, columns):
         labels = {"gene": ["non-targeting"] * len(rows), "cell_line": ["new"] * len(rows)}
         data.write_anndata(tmp_path / "new.h5ad", genes, [(d.expression[rows][:, columns], labels, {})])
-    command = ["--data", tmp_path / "new.h5ad", "--predict", "GENE003", "--cell-line", "new", "--cells", len(rows), "--model", trained / "runs/m",
-               "-o", tmp_path / "out.h5ad"]
+    command = ["--data", tmp_path / "new.h5ad", "--predict", "GENE003", "--cell-line", "new", "--cells", len(rows),
+               "--model", trained / "runs/m", "-o", tmp_path / "out.h5ad"]
     write([d.genes[i] for i in shuffled], shuffled)
     assert run(tmp_path, *command) == 0
     with h5py.File(tmp_path / "out.h5ad") as file:
@@ -407,14 +412,17 @@ def test_control_cells_of_a_new_file_are_aligned_by_gene_name(trained, files, tm
 # ---------------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = {  # one value for every field that cannot be used
-    "data": "missing.h5ad", "genept": "missing.npz", "split": "cell_line:simA", "perturbation_column": "nothing", "cell_line_column": "nothing",
-    "batch_column": "nothing", "control": "nothing", "hvg": "1", "keep_targets": None, "in_memory": None, "method": "ptrga", "top_k": "0",
+    "data": "missing.h5ad", "genept": "missing.npz", "split": "cell_line:simA", "perturbation_column": "nothing",
+    "cell_line_column": "nothing", "batch_column": "nothing", "control": "nothing", "hvg": "1", "keep_targets": None,
+    "in_memory": None, "method": "ptrga", "top_k": "0",
     "pool": "trian", "candidates": "best", "selection": "some", "select": "expect", "draws": "2",
     "temperature": "0", "sparsity": "-1", "keep_query": None,
-    "batch_covariate": None, "hard_negatives": "1.5", "hidden": "0", "layers": "two", "heads": "0", "head_dim": "0", "feed_forward": "0", "dropout": "1",
-    "causal": None, "rotary": None, "freeze_generator": None, "cells": "0", "sets": "0", "steps": "0", "lr": "nan", "clip": "0", "validate_every": "0",
-    "seed": "-1", "seeds": "0,x", "device": "gpu", "bf16": None, "compile": None, "name": "a/b", "resume": "nowhere", "checkpoint_every": "0",
-    "checkpoint_minutes": "0", "max_cells": "1", "predict": "GENE003", "cell_line": "simA", "model": "nowhere", "output": "nowhere/out.h5ad",
+    "batch_covariate": None, "hard_negatives": "1.5", "hidden": "0", "layers": "two", "heads": "0", "head_dim": "0", "feed_forward": "0",
+    "dropout": "1", "causal": None, "rotary": None, "freeze_generator": None, "cells": "0",
+    "sets": "0", "steps": "0", "lr": "nan", "clip": "0",
+    "validate_every": "0", "seed": "-1", "seeds": "0,x", "device": "gpu", "bf16": None, "compile": None, "name": "a/b", "resume": "nowhere",
+    "checkpoint_every": "0", "checkpoint_minutes": "0", "max_cells": "1", "predict": "GENE003", "cell_line": "simA", "model": "nowhere",
+    "output": "nowhere/out.h5ad",
 }
 
 

@@ -20,14 +20,17 @@ FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.npz"))
 
 # published name -> ours; q, k, v and gate, up are stacked in ours, so several published tensors may fill one of ours
 NAMES = {
-    "cell_encoder": ["basal_encoder.0"], "perturbation_encoder": ["pert_encoder.0"], "gem_group": ["batch_encoder"], "output": ["project_out.0"],
+    "cell_encoder": ["basal_encoder.0"], "perturbation_encoder": ["pert_encoder.0"], "gem_group": ["batch_encoder"],
+    "output": ["project_out.0"],
     "selector.norm": ["context_input_norm"], "selector.score_in": ["cell_pert_scorer.0"], "selector.score_out": ["cell_pert_scorer.3"],
     "selector.value": ["final_project_genept_emb.0"],
-    "attention.project": ["project_genept_emb.0"], "attention.query": ["query_enc.0"], "attention.key": ["key_enc.0"], "attention.value": ["value_enc.0"],
+    "attention.project": ["project_genept_emb.0"], "attention.query": ["query_enc.0"],
+    "attention.key": ["key_enc.0"], "attention.value": ["value_enc.0"],
     "generator.norm": ["transformer_backbone.norm"],
 }
 BLOCK = {
-    "attention_norm": ["input_layernorm"], "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attention_out": ["self_attn.o_proj"],
+    "attention_norm": ["input_layernorm"], "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention_out": ["self_attn.o_proj"],
     "feed_forward_norm": ["post_attention_layernorm"], "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"],
 }
 
@@ -113,7 +116,7 @@ def test_gradients_of_every_parameter_agree(path, mode):
     checked = 0
     for name, parameter in model.named_parameters():
         stored = [f"{mode}/grad/{p}" for p in published_names(name)]
-        if name == "attention.key.bias" or not all(s in arrays for s in stored):                   # a bias of the keys shifts every score alike
+        if name == "attention.key.bias" or not all(s in arrays for s in stored):  # a bias of the keys shifts every score alike
             continue
         theirs = torch.cat([arrays[s] for s in stored]).double()
         assert (parameter.grad.double() - theirs).norm() <= 1e-4 * theirs.norm(), name

@@ -111,7 +111,7 @@ def test_separated_selection_equals_the_plain_form_in_value_and_gradient(B, S, K
             context, weights, logits = plain_selection(selector, *leaves, valid, noise)
         ((context * torch.linspace(-1, 1, h)).sum() + weights.abs().mean()).backward()
         outcome.append([context, weights, logits, *(x.grad for x in leaves), *(w.grad for w in selector.parameters())])
-    if S * K > 1:                                                                                  # two logits alone have a gradient of rounding only
+    if S * K > 1:  # two logits alone have a gradient of rounding only
         for ours, oracle in zip(*outcome):
             assert (ours - oracle).abs().max() <= 2e-5 * oracle.abs().max().clamp(min=1e-3)
     assert torch.allclose(outcome[0][0], outcome[1][0], atol=1e-5)
