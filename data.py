@@ -3,7 +3,10 @@
 Reads AnnData files (.h5ad, .h5, every on-disk layout from 0.6 on) with h5py alone and turns them into a `Dataset`:
 log-normalised expression of the highly variable genes, three labels per cell (cell line, perturbation, gem group) and one
 embedding per gene. `python data.py pack` writes the same into one file that opens in milliseconds; `python data.py info`
-says what a file holds. Letters in shapes: C cells, G measured genes, P perturbations, N genes with an embedding,
+says what a file holds.
+
+Reading order: errors, the Dataset, reading AnnData, normalisation, embeddings, loading, packing, splits, sampling, simulation, writing,
+command line. Letters in shapes: C cells, G measured genes, P perturbations, N genes with an embedding,
 E embedding size, B sets in a batch, S cells in a set.
 """
 import argparse
@@ -493,7 +496,8 @@ def check_distinct(block, begin, where):
         places, counts = np.unique(rows * block.shape[1] + block.columns, return_counts=True)
         if (counts > 1).any():
             row, column = divmod(int(places[counts > 1][0]), block.shape[1])
-            raise DataError(f"{where} holds several values for cell {begin + row}, gene {column}; add them up first (scipy: sum_duplicates)")
+            raise DataError(f"{where} holds several values for cell {begin + row}, gene {column}; "
+                            "add them up first (scipy: sum_duplicates)")
     return block
 
 
@@ -1328,7 +1332,7 @@ class Batch:
     target: np.ndarray         # (B, S, G) float32
     perturbation: np.ndarray   # (B,) int64
     cell_line: np.ndarray      # (B,) int64
-    gem_group: np.ndarray          # (B, S) int64, gem group of each control cell
+    gem_group: np.ndarray      # (B, S) int64, gem group of each control cell
 
 
 def pick(rng, rows, number):

@@ -737,7 +737,7 @@ def settled(probability):
     """In words, where selection has settled, from the probability of every candidate of every condition.
 
     The division of the logits by their spread keeps the mean margin within -2 and 2, so the mean probability cannot fall below
-    sigmoid(-2) = 0.12: a selection near it uses candidates by chance, one near 0.88 uses them all.
+    sigmoid(-2) = 0.12 nor rise above 0.88: a selection near the one uses candidates by chance, one near the other uses all it can.
     """
     mean = float(np.mean(probability))
     if mean < 0.05:
@@ -745,7 +745,7 @@ def settled(probability):
     if mean <= 0.18:
         return f"selection has settled at its noise floor (mean probability {mean:.2f}, 0.12 is the least possible): what is used is chance"
     if mean >= 0.82:
-        return f"selection has settled at using all candidates (mean probability {mean:.2f}): nothing is chosen"
+        return f"selection has settled at using nearly all candidates (mean probability {mean:.2f}), so it does not choose among them"
     if np.std(probability) < 0.02:
         return f"selection is indifferent (every probability near {mean:.2f}): cells and candidates are not told apart"
     return f"selection chooses (mean probability {mean:.2f}, standard deviation over conditions and candidates {np.std(probability):.2f})"
@@ -769,9 +769,9 @@ def describe_retrieval(results, candidates, pool, responses, empty):
         probability = np.array([row.probability for rows in groups.values() for row in rows])
         if np.isnan(probability).any():
             continue
-        lines.append(f"{label}: {settled(probability)}; {100 * empty.get(label, math.nan):.1f} % of cells select nothing")
+        lines.append(f"{label}: {settled(probability)}; {100 * empty.get(label, math.nan):.1f} % of cells use none at all")
         lines.append(f"{label}: selected candidates {number('selected')}, unselected {number('unselected')}; rank correlation of selection "
-                     f"probability with that cosine {number('rank_correlation')}")
+                     f"probability with the cosine of responses {number('rank_correlation')}")
         overlap, shuffled, pairs = line_overlap(groups, cells, np.random.default_rng(0))
         lines.append(f"{label}: " + (
             f"Jaccard overlap of the selected sets between cell lines {overlap:.2f}, with lines shuffled {shuffled:.2f} ({pairs} pairs)"
@@ -837,7 +837,8 @@ def footnotes(summary, reference):
     """What the marks of the table mean, those that occur; `reference`: the row that others are tested against."""
     notes = []
     if any(row["p_adjusted"] <= 0.05 for row in summary):
-        notes.append(f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions, Benjamini-Hochberg over all")
+        notes.append(f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions (unpaired, as in the paper), "
+                     "Benjamini-Hochberg over the table")
     if any(row["narrow"] for row in summary):
         notes.append("! the collapse stands above the ceiling: the metric rewards populations that are too narrow; not to be trusted alone")
     if any(math.isnan(row["position"]) and not math.isnan(row["mean_equal"]) for row in summary):

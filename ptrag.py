@@ -8,10 +8,12 @@ with a set transformer. All of it is trained together on the energy distance bet
     python ptrag.py --data replogle.h5 --split cell-line:jurkat
 
 Source: Di Francesco, Rubbi, Lio: PT-RAG, arXiv 2603.07233. The file follows the paper's order: configuration, stage 1 (retrieve),
-stage 2 (select), generator, loss and distances, training; then what a safe run needs, prediction and the command line.
+stage 2 (select), generator, loss and distances, training, prediction; then what a safe run needs, a run from end to end and the
+command line. Everything up to prediction works alone, copied into any project with torch and numpy; the command line needs data.py and
+evaluate.py beside it.
 
-Letters in shapes: B sets in a batch, S cells in a set, G genes, K candidates, h hidden size, E embedding size,
-P perturbations (index 0 is the control), N genes in the retrieval pool.
+Letters in shapes: B sets in a batch, S cells in a set, G genes, K candidates, h hidden size, E embedding size, P perturbations (index 0
+is the control), N genes in the retrieval pool; in the distances n and m points of d dimensions.
 """
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    """All settings of a run. Sizes and rates default to those of the paper's runs; the generator is smaller and trained."""
+    """All settings of a run. The defaults are those of the paper's runs, but for the generator, which is smaller since it is trained."""
 
     # data
     data: str = option("", "AnnData file (.h5ad) or packed file (.h5); without one, a small simulation")
@@ -140,7 +142,7 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
         raise ValueError(f"how {how!r}: must be nearest, random or least")
     has_embedding = (embeddings != 0).any(1)                                                       # (P,)
     pool = pool[has_embedding[pool]]                                                               # (N,)
-    usable = len(pool) - torch.isin(torch.arange(len(embeddings), device=pool.device), pool).long()
+    usable = len(pool) - torch.isin(torch.arange(len(embeddings), device=pool.device), pool).long()     # without itself
     if has_embedding.any() and (fewest := int(usable[has_embedding].min())) < k:
         raise InputError(f"the retrieval pool has {fewest} usable genes for a query, fewer than --top-k {k}: lower --top-k or widen --pool")
     unit = F.normalize(embeddings.double(), dim=1)                                                 # (P, E), double: equal genes tie exactly
@@ -160,17 +162,17 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: select, for every cell and candidate
+# Stage 2: select, for every cell and candidate (to take it alone, take everything up to the next line of dashes)
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Selection(NamedTuple):
-    """What stage 2 decided: weights (B, S, K), 0 or 1 in training; logits (B, S, K, 2), the second meaning "use it".
+    """What stage 2 decided: weights (B, S, K), 0 or 1 in training; logits (B, S, K, 2), the second meaning "use it", None with "all".
 
-    probability (B, S, K): with which a draw selects each candidate, sigmoid(l_1 - l_0).
+    probability (B, S, K): with which a draw selects each candidate, sigmoid(l_1 - l_0); zero where nothing was retrieved.
     """
 
     weights: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     probability: torch.Tensor
 
 
@@ -205,31 +207,35 @@ class Selector(nn.Module):
     Both maps that read z, the first layer of the MLP and Wv, go through the same product. In the context the sum over k is then a
     product of (S, K) and (K, h); only the GELU of the MLP has to see every pair (`PairLogits`).
 
-    The division sets a floor under selection by chance: two values a and b, each half of the logits, have the standard deviation
-    |a - b| / 2, so scaled margins l_1 - l_0 cannot all be below -2 and at least sigmoid(-2) = 12 % of the candidates are drawn on average.
+    The division bounds selection from both sides: logits of variance 1 have margins l_1 - l_0 with a mean square of at most 4, so on
+    average at least sigmoid(-2) = 12 % of the candidates are drawn, however they are scored, and at most 88 %.
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
         super().__init__()
-        self.norm = nn.LayerNorm(3 * hidden)
+        if not 0 <= dropout <= 0.9:
+            raise ValueError(f"dropout {dropout}: must be from 0 to 0.9")
+        self.norm = nn.LayerNorm(3 * hidden)                                                       # its gain, shift and eps; never called
         self.score_in = nn.Linear(3 * hidden, hidden)
         self.score_out = nn.Linear(hidden, 2)
         self.value = nn.Linear(3 * hidden, hidden)
         self.temperature, self.dropout = temperature, dropout
 
-    def forward(self, cell, query, candidate, valid=None, select="sample", noise=None):
-        """cell (B, S, h), query (B, h), candidate (B, K, h), valid (B, K) bool -> context (B, S, h), Selection
+    def forward(self, cell, query, candidate, retrieved=None, select=None, noise=None):
+        """cell (B, S, h), query (B, h), candidate (B, K, h) -> context (B, S, h), Selection
 
-        select: "sample" (draw, as in training; the gradient is straight-through), "threshold" (use where more likely than not),
-        "expected" (weigh each candidate by its probability), "all" (no stage 2). noise: (B, S, K, 2) to use instead of drawn Gumbel
-        noise. Candidates that are not valid are never used.
+        retrieved: (B,) bool, false where a query has no candidates: it uses none of those given. True for all if not given.
+        select: "sample" (draw; the gradient is straight-through), "threshold" (use where more likely than not), "expected" (weigh each
+        candidate by its probability), "all" (no stage 2); if not given "sample" in training mode, else "expected".
+        noise: (B, S, K, 2) to use instead of drawn Gumbel noise.
         """
+        select = select or ("sample" if self.training else "expected")
         B, S, h = cell.shape
         maps = torch.cat([self.score_in.weight, self.value.weight])                                # (2h, 3h), both that read z
         weight = maps * self.norm.weight                                                           # (2h, 3h), W g
         shift = F.linear(self.norm.bias, maps, torch.cat([self.score_in.bias, self.value.bias]))   # (2h,), W b
         weight_c, weight_p, weight_k = (weight - weight.mean(1, keepdim=True)).split(h, dim=1)     # each (2h, h)
-        per_cell = F.linear(cell, weight_c) + F.linear(query, weight_p)[:, None]                   # (B, S, 2h)
+        per_cell = F.linear(cell, weight_c) + F.linear(query, weight_p)[:, None]                   # (B, S, 2h), the query's part in it
         per_candidate = F.linear(candidate, weight_k)                                              # (B, K, 2h)
         scale = self.inverse_deviation(cell, query, candidate)                                     # (B, S, K), r_sk
 
@@ -243,18 +249,19 @@ class Selector(nn.Module):
             logits = self.score(score_cell, score_candidate, scale, score_shift)                   # (B, S, K, 2)
             logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
             weights, probability = self.weigh(logits, select, noise)                               # (B, S, K), (B, S, K)
-        if valid is not None:
-            weights, probability = weights * valid[:, None], probability * valid[:, None]
+        if retrieved is not None:
+            weights, probability = weights * retrieved[:, None, None], probability * retrieved[:, None, None]
         scaled = weights * scale                                                                   # (B, S, K)
         context = scaled.sum(-1, keepdim=True) * value_cell + scaled @ value_candidate + weights.sum(-1, keepdim=True) * value_shift
         return context, Selection(weights, logits, probability)
 
     def inverse_deviation(self, cell, query, candidate):
-        """One over the standard deviation of [c_s; p; p_k], from the sums of its parts: (B, S, K)."""
-        parts = (cell[:, :, None], query[:, None, None], candidate[:, None])
-        mean = sum(part.sum(-1) for part in parts) / self.norm.normalized_shape[0]                 # (B, S, K)
-        square = sum((part * part).sum(-1) for part in parts) / self.norm.normalized_shape[0]      # (B, S, K)
-        return ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()
+        """One over the standard deviation of [c_s; p; p_k], from the sums of its parts and of their squares: (B, S, K)."""
+        with torch.autocast(cell.device.type, enabled=False):                                      # bfloat16 is too coarse here
+            parts = [part.to(self.norm.weight.dtype) for part in (cell[:, :, None], query[:, None, None], candidate[:, None])]
+            mean = sum(part.sum(-1) for part in parts) / self.norm.normalized_shape[0]             # (B, S, K)
+            square = sum((part * part).sum(-1) for part in parts) / self.norm.normalized_shape[0]  # (B, S, K)
+            return ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()
 
     def score(self, score_cell, score_candidate, scale, shift):
         """The MLP of every (cell, candidate) pair, a set at a time: (B, S, K, 2)."""
@@ -278,11 +285,11 @@ class Selector(nn.Module):
 
 
 def dropout_mask(shape, p, device):
-    """Bernoulli(1 - p) mask of zeros and ones: a random byte an element, eight from one draw, against 256 p.
+    """Bernoulli(1 - p) mask of zeros and ones, p at most 0.9: a random byte an element, eight from one draw, against 256 p.
 
     256 p is rounded up or down at random in every call, up with the probability of its fraction, so an element is zero with
-    probability p. F.dropout would keep no mask for the backward pass to use again and draws each element alone, which takes several
-    times as long.
+    probability p. F.dropout does not hand out its mask, which the gradient of `PairLogits` needs, and draws each element alone, which
+    takes several times as long.
     """
     count, threshold = math.prod(shape), int(256 * p + torch.rand(()))
     draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-2**63, None)
@@ -290,14 +297,14 @@ def dropout_mask(shape, p, device):
 
 
 class PairLogits(torch.autograd.Function):
-    """The scorer's MLP on every (cell, candidate) pair: l_sk = (GELU(a_sk) * keep_sk) W^T with a_sk = r_sk (c_s + p_k) + b.
+    """The scorer's MLP on every (cell, candidate) pair: l_sk = (GELU(a_sk) * keep_sk) V^T with a_sk = r_sk (C_s + P_k) + b.
 
-    cell c_s (B, S, h), candidate p_k (B, K, h), scale r (B, S, K), shift b (h,), weight W (2, h), keep (B, S, K, h) of 0 and 1 (dropout)
-    or None -> (B, S, K, 2). Written as a function with its own gradient because the pairs are the only large thing in stage 2: one set
-    at a time they stay in the cache, and the backward pass computes them again instead of keeping them. With dl the gradient of the
-    logits and d_sk = (dl_sk W) keep_sk GELU'(a_sk):
-        dc_s = sum_k r_sk d_sk,  dp_k = sum_s r_sk d_sk,  dr_sk = (c_s + p_k).d_sk,  db = sum_sk d_sk,
-        dW = sum_sk dl_sk^T (GELU(a_sk) keep_sk).
+    cell C_s = W'_c c_s + W'_p p (B, S, h), candidate P_k = W'_k p_k (B, K, h), scale r (B, S, K), shift b (h,), weight V (2, h), keep
+    (B, S, K, h) of 0 and 1 (dropout) or None -> (B, S, K, 2). Written as a function with its own gradient because the pairs are the only
+    large thing in stage 2: one set at a time they stay in the cache, and the backward pass computes them again instead of keeping them.
+    With dl the gradient of the logits and d_sk = (dl_sk V) keep_sk GELU'(a_sk):
+        dC_s = sum_k r_sk d_sk,  dP_k = sum_s r_sk d_sk,  dr_sk = (C_s + P_k).d_sk,  db = sum_sk d_sk,
+        dV = sum_sk dl_sk^T (GELU(a_sk) keep_sk).
     """
 
     @staticmethod
@@ -330,8 +337,12 @@ class PairLogits(torch.autograd.Function):
         return d_cell, d_candidate, d_scale, d_shift, d_weight, None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Vanilla RAG, the paper's baseline: attend to all candidates instead
+# ---------------------------------------------------------------------------------------------------------------------
+
 class CrossAttention(nn.Module):
-    """Vanilla RAG's stage 2: attend to all K candidates (the paper's baseline).
+    """Cross-attention of each cell to its K candidates.
 
     query (c_s + p) Wq + bq; keys and values linear maps of a linear projection of the candidates' embeddings; softmax scaled by sqrt(h).
     """
@@ -343,11 +354,11 @@ class CrossAttention(nn.Module):
         self.key = nn.Linear(hidden, hidden)
         self.value = nn.Linear(hidden, hidden)
 
-    def forward(self, cell_and_query, candidate, valid):
-        """cell_and_query (B, S, h), candidate (B, K, h) projected, valid (B, K) bool -> context (B, S, h), zero where nothing is valid."""
+    def forward(self, cell_and_query, candidate, retrieved):
+        """cell_and_query (B, S, h), candidate (B, K, h) projected, retrieved (B,) bool -> context (B, S, h), zero where not retrieved."""
         query, key, value = self.query(cell_and_query), self.key(candidate), self.value(candidate)
         score = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])                           # (B, S, K)
-        return (torch.softmax(score, dim=-1) * valid[:, None]) @ value                             # (B, S, h); all are valid, or none
+        return torch.softmax(score, dim=-1) @ value * retrieved[:, None, None]                     # (B, S, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +401,10 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """A stack of blocks without positions or mask: permuting the cells of a set permutes the output and nothing else."""
+    """A stack of blocks without positions or mask: permuting the cells of a set permutes the output and nothing else.
+
+    Unless `causal` or `rotary`, which the paper's runs used: then a cell sees the cells before it, or its position.
+    """
 
     def __init__(self, hidden, layers, heads, head_dim, feed_forward, causal=False, rotary=False):
         super().__init__()
@@ -463,12 +477,12 @@ class PTRAG(nn.Module):
         p = self.perturbation_encoder(self.embeddings[perturbation])                               # (B, h)
         selection = None
         if self.method == "ptrag":
-            candidate, valid = self.encode_candidates(perturbation, self.perturbation_encoder)     # (B, K, h), (B, K)
+            candidate, retrieved = self.encode_candidates(perturbation, self.perturbation_encoder)     # (B, K, h), (B,)
             select = "all" if self.selection == "all" else "sample" if self.training else self.select
-            u, selection = self.selector(c, p, candidate, valid, select, noise)                    # (B, S, h)
+            u, selection = self.selector(c, p, candidate, retrieved, select, noise)                # (B, S, h)
         elif self.method == "vanilla-rag":
-            candidate, valid = self.encode_candidates(perturbation, self.attention.project)        # (B, K, h), (B, K)
-            u = self.attention(c + p[:, None], candidate, valid)                                   # (B, S, h)
+            candidate, retrieved = self.encode_candidates(perturbation, self.attention.project)    # (B, K, h), (B,)
+            u = self.attention(c + p[:, None], candidate, retrieved)                               # (B, S, h)
         else:
             u = c + p[:, None]                                                                     # (B, S, h)
         if self.keep_query and self.method in ("ptrag", "vanilla-rag"):
@@ -479,10 +493,10 @@ class PTRAG(nn.Module):
         return F.relu(self.output(y + c)), selection                                               # (B, S, G): cell + change, log1p >= 0
 
     def encode_candidates(self, perturbation, encoder):
-        """Candidates of the queries (B,), each gene encoded once however many sets share it: (B, K, h), and which are real: (B, K)."""
+        """Candidates of the queries (B,), each gene encoded once however many sets share it: (B, K, h); which queries have any: (B,)."""
         candidates = self.candidates[perturbation]                                                 # (B, K), -1 where there is none
         genes, position = candidates.clamp(min=0).unique(return_inverse=True)
-        return encoder(self.embeddings[genes])[position], candidates >= 0
+        return encoder(self.embeddings[genes])[position], candidates[:, 0] >= 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,8 +576,9 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     x (B, n, d), y (B, m, d), n and m free -> (B,) float64 in the unit of x, root taken.
     Sinkhorn's iteration for the cost |x - y|^p (Cuturi 2013), ten steps a round. After each round the plan is rounded to a true coupling
     (Altschuler, Weed, Rigollet 2017), whose cost bounds W_p^p from above, and the potentials are made feasible, whose value bounds it from
-    below; epsilon is halved once the gap is not due to rounding. Stops when the gap is under `tolerance` of the upper bound and returns the
-    middle: W_p^p is then within half the tolerance of exact optimal transport. Cost O(n m) a step, 100 to 200 steps in PCA-50 space.
+    below; epsilon is halved once the gap is not due to rounding. Stops when the gap is under `tolerance` of the upper bound (or of a
+    millionth of the largest cost, where the clouds are nearer than that) and returns the middle: W_p^p is then within half the tolerance of
+    exact optimal transport. Cost O(n m) a step, 100 to 200 steps in PCA-50 space.
     RuntimeError if `max_rounds` do not close the gap (a point a thousand times farther away than the rest can do that). No gradient.
     """
     together = max(1, 2**17 // (x.shape[1] * y.shape[1]))                                          # problems that fit the cache
@@ -635,7 +650,8 @@ def train(model, batches, validation, config, run):
     validation: list of such batches, measured every `config.validate_every` steps; if empty the last weights are kept
     run:        what keeps it safe: restoring, logging, checkpoints, several processes (section "A safe run")
 
-    loss = mean over sets of the energy distance(prediction, target) + sparsity * mean |w|
+    loss = mean over sets of the energy distance(prediction, target) + sparsity * mean |w|, whose gradient is zero where w = 0: the
+    penalty pushes out selected candidates only.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=config.lr, fused=True)
@@ -705,7 +721,7 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     gem_group: (n,) int array, read only with the batch covariate
     set_size: cells in a set, as many as in training if not given
     returns Prediction, cell i made from control cell i. Depends on `seed` (one or several numbers) only with `select = "sample"`.
-    Raises InputError for an unknown name or control cells of another shape.
+    Leaves torch seeded with it and the model in evaluation mode. Raises InputError for an unknown name or control cells of another shape.
     """
     device, set_size = model.output.weight.device, set_size or model.set_size
     if np.ndim(control) != 2 or not len(control) or np.shape(control)[1] != len(model.output.bias):

@@ -245,8 +245,8 @@ def selection_rows(quick):
 
     def ours():
         query = model.perturbation_encoder(model.embeddings[perturbation])
-        candidate, valid = model.encode_candidates(perturbation, model.perturbation_encoder)
-        return finish(cell, *model.selector(cell, query, candidate, valid, noise=noise))
+        candidate, retrieved = model.encode_candidates(perturbation, model.perturbation_encoder)
+        return finish(cell, *model.selector(cell, query, candidate, retrieved, noise=noise))
 
     def plain(cell=cell, noise=noise):
         query = model.perturbation_encoder(model.embeddings[perturbation])

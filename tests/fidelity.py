@@ -44,13 +44,13 @@ class SelfRetrieving(ptrag.PTRAG):
         self.register_buffer("nearest", nearest, persistent=False)
 
     def encode_candidates(self, perturbation, encoder):
-        """Queries (B,) -> encoded candidates (B, K, h), and which are real (B, K)."""
+        """Queries (B,) -> encoded candidates (B, K, h), and which queries have any (B,)."""
         if not self.training:
             return super().encode_candidates(perturbation, encoder)
         nearest = self.nearest[perturbation]                                                                                # (B, K + 1)
         excluded_last = (nearest == perturbation[0]).int().argsort(dim=1, stable=True)
         candidates = nearest.gather(1, excluded_last)[:, :-1]                                                               # (B, K)
-        return encoder(self.embeddings[candidates.clamp(min=0)]), candidates >= 0
+        return encoder(self.embeddings[candidates.clamp(min=0)]), candidates[:, 0] >= 0
 
 
 class BatchScaledSelector(ptrag.Selector):
@@ -75,12 +75,12 @@ def with_selection(how):
 
 def without_retrieval(model):
     """No retrieval: the generator's input is c + p."""
-    return patch.object(model.attention, "forward", lambda cell_and_query, candidate, valid: cell_and_query)
+    return patch.object(model.attention, "forward", lambda cell_and_query, candidate, retrieved: cell_and_query)
 
 
 def with_zero_context(model):
     """No retrieval: the context is zero, and the generator's input too, unless the query was kept (then it is c + p)."""
-    return patch.object(model.attention, "forward", lambda cell_and_query, candidate, valid: torch.zeros_like(cell_and_query))
+    return patch.object(model.attention, "forward", lambda cell_and_query, candidate, retrieved: torch.zeros_like(cell_and_query))
 
 
 # --------------------------------------------------------------------------------------------------------------- variants

@@ -455,7 +455,7 @@ def test_overlap_between_lines_falls_below_shuffled_lines_only_where_selection_d
 
 def test_settled_selection_is_said_in_words():
     word = lambda *values: evaluate.settled(np.array(values))
-    assert "settled at using all" in word(0.88, 0.9) and "noise floor" in word(0.12, 0.13) and "settled at none" in word(0.0, 0.01)
+    assert "settled at using nearly all" in word(0.88, 0.9) and "noise floor" in word(0.12, 0.13) and "settled at none" in word(0.0, 0.01)
     assert "indifferent" in word(0.5, 0.5) and "chooses" in word(0.9, 0.2, 0.4)
 
 
@@ -647,7 +647,7 @@ def test_a_run_gets_its_table_with_baselines_seeds_significance_and_a_self_conta
     assert cell["ptrag", "energy"]["seeds"] == 2 and cell["ptrag", "energy"]["spread"] > 0 and "±" in printed
     said = " ".join(printed.split())
     assert "simulated data | split perturbation:0" in said and "seeds 0, 1" in said and "no row for the gene's response" in said
-    assert "25.0 % of cells select nothing" in said and "Jaccard overlap of the selected sets between cell lines 1.00" in said
+    assert "25.0 % of cells use none at all" in said and "Jaccard overlap of the selected sets between cell lines 1.00" in said
     assert max(map(len, printed.splitlines()[:-1])) <= 140  # all but the line that names the files
     rows = read(tmp_path / "run" / "metrics.csv")
     assert list(rows[0])[:4] == ["method", "seed", "cell_line", "perturbation"] and len(rows) == len(split.test) * (4 + 2 * 2)

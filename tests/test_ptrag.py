@@ -79,7 +79,7 @@ def test_random_candidates_depend_on_the_seed_alone_and_least_similar_is_the_rev
 
 # ------------------------------------------------------------------------------------------------------------ stage 2
 
-def plain_selection(selector, cell, query, candidate, valid, noise):
+def plain_selection(selector, cell, query, candidate, retrieved, noise):
     """Section 3.2 as it is written: every z_sk is built, normalised and mapped."""
     B, S, h = cell.shape
     K = candidate.shape[1]
@@ -89,7 +89,7 @@ def plain_selection(selector, cell, query, candidate, valid, noise):
     logits = logits / torch.stack([one.std() for one in logits]).clamp(min=1e-6)[:, None, None, None]
     soft = torch.softmax((logits + noise) / selector.temperature, -1)
     hard = F.one_hot(soft.argmax(-1), 2).float()
-    weights = (hard + soft - soft.detach())[..., 1] * valid[:, None]
+    weights = (hard + soft - soft.detach())[..., 1] * retrieved[:, None, None]
     return (weights[..., None] * selector.value(z)).sum(2), weights, logits
 
 
@@ -100,15 +100,15 @@ def test_separated_selection_equals_the_plain_form_in_value_and_gradient(B, S, K
     torch.nn.init.normal_(selector.norm.weight, 1.0, 0.3)
     torch.nn.init.normal_(selector.norm.bias, 0.0, 0.3)
     inputs = [torch.randn(B, S, h) + 0.5, torch.randn(B, h) - 0.3, torch.randn(B, K, h)]
-    valid, noise = torch.rand(B, K) < 0.8, ptrag.gumbel_noise((B, S, K, 2))
+    retrieved, noise = torch.rand(B) < 0.8, ptrag.gumbel_noise((B, S, K, 2))
     outcome = []
     for form in ("separated", "plain"):
         leaves = [x.clone().requires_grad_() for x in inputs]
         selector.zero_grad()
         if form == "separated":
-            context, (weights, logits, _) = selector(*leaves, valid, noise=noise)
+            context, (weights, logits, _) = selector(*leaves, retrieved, "sample", noise)
         else:
-            context, weights, logits = plain_selection(selector, *leaves, valid, noise)
+            context, weights, logits = plain_selection(selector, *leaves, retrieved, noise)
         ((context * torch.linspace(-1, 1, h)).sum() + weights.abs().mean()).backward()
         outcome.append([context, weights, logits, *(x.grad for x in leaves), *(w.grad for w in selector.parameters())])
     if S * K > 1:  # two logits alone have a gradient of rounding only

@@ -42,6 +42,19 @@ def test_the_example_that_predicts_runs_on_a_trained_model(tmp_path, monkeypatch
     assert names["prediction"].cells.shape == (300, 200) and len(names["neighbours"]["candidates"]) == 8
 
 
+def test_the_table_of_the_first_command_has_the_anchors_and_baselines_of_this_version(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert ptrag.main(["--method", "state", "--steps", "1"]) == 0                          # anchors and baselines need no trained model
+    rows = lambda text: re.split(r"mean over conditions|\nposition", text)[1].splitlines()[1:]
+    numbers = lambda line: [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
+    printed = {line.split("  ")[0]: numbers(line) for line in rows(capsys.readouterr().out)}
+    shown = {line.split("  ")[0]: numbers(line) for line in rows(README.split("<!-- demo -->")[1])}
+    untrained = [label for label in shown if label and label not in ptrag.METHODS]
+    assert len(untrained) == 7
+    for label in untrained:
+        assert shown[label] == pytest.approx(printed[label], rel=2e-3, abs=1e-3), label
+
+
 def test_every_option_the_readme_names_exists():
     known = {f"--{f.name.replace('_', '-')}" for f in fields(ptrag.Config)} | {"--help"}
     elsewhere = {"--real", "--pred", "--nproc_per_node", "--quick", "--json", "--only"}              # evaluate.py, torchrun, benchmark.py
@@ -68,7 +81,7 @@ def test_public_functions_give_the_shapes_their_docstrings_say():
     assert ptrag.rotate(torch.randn(B, 2, S, 4)).shape == (B, 2, S, 4)
     assert ptrag.Block(h, 2, 4, 16)(torch.randn(B, S, h)).shape == (B, S, h)
     assert ptrag.Generator(h, 2, 2, 4, 16)(torch.randn(B, S, h)).shape == (B, S, h)
-    assert ptrag.CrossAttention(4, h)(torch.randn(B, S, h), torch.randn(B, K, h), torch.ones(B, K).bool()).shape == (B, S, h)
+    assert ptrag.CrossAttention(4, h)(torch.randn(B, S, h), torch.randn(B, K, h), torch.ones(B).bool()).shape == (B, S, h)
     x, y = torch.randn(B, n, d), torch.randn(B, m, d)
     assert ptrag.pairwise_distance(x, y).shape == (B, n, m)
     assert ptrag.energy_distance(x, y).shape == ptrag.wasserstein(x, y).shape == (B,)
