@@ -66,6 +66,15 @@ class BatchScaledSelector(ptrag.Selector):
         return super().weigh(self.unscaled / self.unscaled.std().clamp(min=1e-6), select, noise)
 
 
+class RepeatingSampler(data.SetSampler):
+    """Draws the sets of one epoch, in which each training cell has about one place, and repeats them in every later epoch."""
+
+    def draw(self, step, sets):
+        """The batch of a step (B sets), the same in every epoch."""
+        cells = sum(len(self.dataset.cells(*condition)) for condition in self.conditions)
+        return super().draw(step % math.ceil(cells / (self.cells * len(sets))), sets)
+
+
 # --------------------------------------------------------------------------------- what the published code does at test
 
 def with_selection(how):
@@ -86,18 +95,19 @@ def with_zero_context(model):
 # --------------------------------------------------------------------------------------------------------------- variants
 
 class Variant(NamedTuple):
-    """One row: options of ptrag.py, a class of ptrag.py replaced while the model is made, and a change at test time only."""
+    """One row: options of ptrag.py, a class replaced while the model is made and trained, and a change at test time only."""
     label: str
     options: dict = {}
-    replaced: tuple = ()                        # (name in ptrag.py, class)
+    replaced: tuple = ()                        # (module, name in it, class)
     at_test: Callable = contextlib.nullcontext  # model -> context manager within which it predicts
     draws: int = 1                              # how often each model predicts
 
 
 VARIANTS = [
     Variant("**PT-RAG, as here**"),
-    Variant("query retrieves itself in training, not at test", replaced=("PTRAG", SelfRetrieving)),
-    Variant("logits scaled over the batch", replaced=("Selector", BatchScaledSelector)),
+    Variant("query retrieves itself in training, not at test", replaced=(ptrag, "PTRAG", SelfRetrieving)),
+    Variant("logits scaled over the batch", replaced=(ptrag, "Selector", BatchScaledSelector)),
+    Variant("sets drawn once and repeated every epoch", replaced=(data, "SetSampler", RepeatingSampler)),
     Variant("noise at evaluation (`--select sample`)", at_test=with_selection("sample"), draws=DRAWS),
     Variant("`--select threshold`", at_test=with_selection("threshold")),
     Variant("`--freeze-generator`", {"freeze_generator": True}),
@@ -117,7 +127,7 @@ VARIANTS = [
 
 def train_models(variant, config, dataset, split):
     """The variant's trained models, a seed each: {seed: model}."""
-    changed = patch.object(ptrag, *variant.replaced) if variant.replaced else contextlib.nullcontext()
+    changed = patch.object(*variant.replaced) if variant.replaced else contextlib.nullcontext()
     with changed, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         models = ptrag.train_all(replace(config, **variant.options), Path(folder), dataset, split)
     return {seed: model for (_, seed), model in models.items()}
