@@ -254,14 +254,14 @@ def point_metrics(real, predicted):
     names = ["w1", "w2", "w2_half_squared", "w1_marginal", "w2_marginal", "sw1", "sw2", "energy", "mmd", "sw1_error", "sw2_error"]
     if real.shape[1] == 0:
         return {name: np.full(len(predicted), np.nan) for name in names}
-    real = real.expand(len(predicted), -1, -1)  # (P, n, d)
-    value = {"w1": transport(predicted, real, 1), "w2": transport(predicted, real, 2)}
+    real = real[None]  # (1, n, d): projected and sorted once for all P
+    value = {f"w{p}": transport(predicted, real.expand(len(predicted), -1, -1), p) for p in (1, 2)}
     value["w2_half_squared"] = value["w2"] ** 2 / 2
     for p in (1, 2):
         value[f"w{p}_marginal"] = ptrag.wasserstein_1d(predicted.transpose(1, 2), real.transpose(1, 2), p).mean(-1)
         value[f"sw{p}"], value[f"sw{p}_error"] = ptrag.sliced_wasserstein(predicted, real, p)
     value["energy"] = ptrag.energy_distance(predicted, real)
-    value["mmd"] = mmd(predicted, real)
+    value["mmd"] = mmd(predicted, real.expand(len(predicted), -1, -1))
     return {name: value[name].double().numpy() for name in names}
 
 
@@ -703,14 +703,12 @@ def line_overlap(groups, cells, generator):
     return float(average(np.array(observed))), float(average(np.array(shuffled))), len(observed)
 
 
-def cosines(dataset, responses, line, perturbation):
-    """Cosine between a condition's measured response and those of every other gene measured in that line: name -> cosine."""
-    others = [p for code, p in responses if code == line and p != perturbation]
-    if not others:
-        return {}
-    own, rest = responses[line, perturbation], np.stack([responses[line, p] for p in others])
-    value = rest @ own / np.maximum(np.linalg.norm(rest, axis=1) * np.linalg.norm(own), 1e-12)
-    return dict(zip((dataset.perturbations[p] for p in others), value.tolist()))
+def cosines(dataset, responses, line):
+    """Cosines between the measured responses of every two genes of a cell line: their names (N,), and (N, N) float32."""
+    own = {dataset.perturbations[p]: response for (code, p), response in responses.items() if code == line}
+    unit = np.stack(list(own.values()))                                                              # (N, G)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    return list(own), unit @ unit.T
 
 
 def response_similarity(dataset, groups, responses, pool):
@@ -718,10 +716,10 @@ def response_similarity(dataset, groups, responses, pool):
     and those of its candidates, of the pool's other genes ("random"), of the selected and the unselected candidates, and of the rank
     correlation over the candidates between selection probability and that cosine."""
     table = []
-    place = dataset.cell_lines.index, dataset.perturbations.index
-    measured_cosines = functools.cache(lambda line, p: cosines(dataset, responses, place[0](line), place[1](p)))
+    of_line = functools.cache(lambda line: cosines(dataset, responses, dataset.cell_lines.index(line)))
     for (_, line, p), rows in groups.items():
-        cosine = measured_cosines(line, p)
+        genes, cosine_of = of_line(line)
+        cosine = {gene: value for gene, value in zip(genes, cosine_of[genes.index(p)].tolist()) if gene != p}
         names = {row.candidate for row in rows}
         measured = [row for row in rows if row.candidate in cosine]
         mean = lambda chosen: float(average(np.array([cosine[name] for name in chosen])))

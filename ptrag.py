@@ -291,7 +291,7 @@ def dropout_mask(shape, p, device):
     probability p. F.dropout does not hand out its mask, which the gradient of `PairLogits` needs, and draws each element alone, which
     takes several times as long.
     """
-    count, threshold = math.prod(shape), int(256 * p + torch.rand(()))
+    count, threshold = math.prod(shape), (256 * p + torch.rand(())).to(torch.uint8)
     draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-2**63, None)
     return draws.view(torch.uint8)[:count].view(shape).ge_(threshold)
 
@@ -527,7 +527,7 @@ def distance_from_products(x_square, y_square, product):
 def energy_distance(x, y):
     """E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2 over all pairs, the diagonal too: half the classical energy distance.
 
-    x (B, n, d) predicted, y (B, m, d) real -> (B,). No gradient flows to y, so the last term is measured but never differentiated.
+    x (B, n, d) predicted, y (B, m, d) or (1, m, d) real -> (B,). No gradient flows to y: the last term is measured, never differentiated.
     All three come from products of the clouds, moved by the mean of y; |x|^2 and |y|^2 are the diagonals of x x^T and y y^T.
     """
     y = y.detach()
@@ -541,7 +541,7 @@ def energy_distance(x, y):
 
 
 def wasserstein_1d(x, y, p=1):
-    """Exact Wasserstein-p distance of two samples on the line, x (..., n), y (..., m) -> (...), root taken.
+    """Exact Wasserstein-p distance of two samples on the line, x (..., n), y (..., m) -> (...), root taken; leading sizes may be 1.
 
     W_p^p = integral over q in (0, 1) of |F_x^-1(q) - F_y^-1(q)|^p: both quantile functions are steps, of width 1/n and 1/m, so the
     integral is a sum over the union of their steps.
@@ -557,9 +557,8 @@ def wasserstein_1d(x, y, p=1):
 def sliced_wasserstein(x, y, p=1, directions=512, seed=0):
     """Sliced Wasserstein-p distance, (mean over random unit directions of W_p^p)^(1/p), and its Monte-Carlo standard error.
 
-    x (B, n, d), y (B, m, d), at least two directions -> (B,), (B,). Exact along each direction; the error is that of the mean, carried
-    through the root.
-    The directions depend on the seed alone.
+    x (B, n, d), y (B, m, d) or (1, m, d), at least two directions -> (B,), (B,). Exact along each direction; the error is that of the
+    mean, carried through the root. The directions depend on the seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = F.normalize(torch.randn(x.shape[-1], directions, generator=generator, dtype=torch.float64), dim=0).to(x)    # (d, D)
