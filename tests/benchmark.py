@@ -298,7 +298,7 @@ def rate_row(name, operations, taken, ceiling, goal=""):
 
 
 def two_steps(sets, turns):
-    """Seconds (3, turns) of the default step, of the same generator's without retrieval, and of the matrix product; the first's operations."""
+    """Seconds (3, turns) of the default step, of the same without retrieval and of the matrix product; the default step's operations."""
     config = replace(DEFAULT, sets=sets)
     batch, genept = make_batch(config), replace(config, method="state-genept")
     ours, without = Training(make_model(config), config, batch), Training(make_model(genept), genept, batch)

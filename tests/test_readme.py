@@ -1,8 +1,10 @@
 """What the README says can be typed can be typed."""
+import math
 import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +33,15 @@ def test_each_worked_example_runs_as_it_stands(part, tmp_path, monkeypatch):
     if part == "write_anndata":
         assert names["expression"].shape == (30, 5)
         assert np.allclose(np.expm1(names["expression"]).sum(1), 1e4)
+
+
+def test_stage_2_copied_alone_with_its_imports_is_a_layer():
+    sections = re.split(r"# -{50,}\n# (.*)\n# -{50,}\n", (ROOT / "ptrag.py").read_text())
+    section, = [body for title, body in zip(sections[1::2], sections[2::2]) if title.startswith("Stage 2")]
+    names = {"math": math, "NamedTuple": NamedTuple, "torch": torch, "F": torch.nn.functional, "nn": torch.nn}
+    exec(section, names)
+    context, selection = names["Selector"](8)(torch.randn(2, 5, 8), torch.randn(2, 8), torch.randn(2, 3, 8))
+    assert context.shape == (2, 5, 8) and set(selection.weights.unique().tolist()) <= {0, 1}
 
 
 def test_the_example_that_predicts_runs_on_a_trained_model(tmp_path, monkeypatch):
