@@ -436,7 +436,7 @@ class PTRAG(nn.Module):
         """genes: G; embeddings (P, E) float, zero for the control; pool (N,) int; gem_groups: how many the batch covariate tells apart."""
         super().__init__()
         self.method, self.select, self.keep_query = config.method, config.select, config.keep_query
-        self.selection, self.set_size = config.selection, config.cells
+        self.use_all, self.set_size = config.selection == "all", config.cells
         if self.method == "state":
             embeddings = torch.eye(len(embeddings))
             embeddings[0] = 0                                                                      # the control, as in every embedding
@@ -446,7 +446,7 @@ class PTRAG(nn.Module):
         self.perturbation_encoder = nn.Linear(embeddings.shape[1], config.hidden)
         if self.method == "ptrag":
             self.selector = Selector(config.hidden, config.temperature, config.dropout)
-            if config.selection == "all":                                                          # nothing scores, so nothing to train
+            if self.use_all:                                                                       # nothing scores, so nothing to train
                 self.selector.score_in.requires_grad_(False)
                 self.selector.score_out.requires_grad_(False)
         if self.method == "vanilla-rag":
@@ -478,7 +478,7 @@ class PTRAG(nn.Module):
         selection = None
         if self.method == "ptrag":
             candidate, retrieved = self.encode_candidates(perturbation, self.perturbation_encoder)     # (B, K, h), (B,)
-            select = "all" if self.selection == "all" else "sample" if self.training else self.select
+            select = "all" if self.use_all else "sample" if self.training else self.select
             u, selection = self.selector(c, p, candidate, retrieved, select, noise)                # (B, S, h)
         elif self.method == "vanilla-rag":
             candidate, retrieved = self.encode_candidates(perturbation, self.attention.project)    # (B, K, h), (B,)
