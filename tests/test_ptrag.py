@@ -151,6 +151,27 @@ def test_expected_selection_is_the_mean_of_the_draws_and_threshold_the_likelier_
     assert torch.equal(threshold.weights.bool(), chosen.probability > 0.5)
 
 
+def test_a_selector_draws_in_training_and_weighs_by_probability_otherwise():
+    torch.manual_seed(0)
+    selector = ptrag.Selector(8)
+    inputs = torch.randn(2, 6, 8), torch.randn(2, 8), torch.randn(2, 4, 8)
+    assert set(selector(*inputs)[1].weights.unique().tolist()) == {0, 1}
+    context, selection = selector.eval()(*inputs)
+    assert torch.equal(selection.weights, selection.probability) and torch.equal(context, selector(*inputs, select="expected")[0])
+    with pytest.raises(ValueError, match="dropout 1.0"):
+        ptrag.Selector(8, dropout=1.0)
+
+
+def test_bfloat16_inputs_have_the_deviation_of_their_values():
+    torch.manual_seed(0)
+    parts = [(torch.randn(shape) + 3).bfloat16() for shape in ((2, 5, 32), (2, 32), (2, 4, 32))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scale = ptrag.Selector(32).inverse_deviation(*parts)
+    cell, query, candidate = (part.double() for part in parts)
+    joined = torch.cat([part.expand(2, 5, 4, 32) for part in (cell[:, :, None], query[:, None, None], candidate[:, None])], -1)
+    assert torch.allclose(scale.double(), 1 / joined.std(-1, correction=0), rtol=1e-4)
+
+
 def test_the_penalty_pushes_out_selected_candidates_only():
     weights = torch.tensor([0.0, 1.0, 1.0, 0.0], requires_grad=True)
     weights.abs().mean().backward()
@@ -411,6 +432,13 @@ def test_a_condition_is_predicted_alike_alone_and_among_others(tmp_path, simulat
     condition, rows, prediction = next(iter(ptrag.predict_conditions(model, dataset, split.test[3:4], config)))
     assert len(rows) == len(prediction.cells) == len(dataset.cells(*condition))
     assert np.allclose(together[condition], prediction.cells, atol=1e-5)
+
+
+def test_the_last_set_of_a_prediction_is_filled_up_from_the_first_cells():
+    model, control = small_model(), np.random.default_rng(0).random((5, 20), np.float32)
+    whole = ptrag.predict(model, control[[0, 1, 2, 3, 4, 0, 1, 2]], 1, set_size=4).cells
+    assert np.array_equal(ptrag.predict(model, control, 1, set_size=4).cells, whole[:5])
+    assert not np.array_equal(whole[:3], whole[5:])                                                # cells of a set see each other
 
 
 def test_a_gene_taught_after_training_is_predicted_like_the_known_gene_with_its_embedding(tmp_path, simulated):
