@@ -299,10 +299,10 @@ def dropout_mask(shape, p, device):
 class PairLogits(torch.autograd.Function):
     """The scorer's MLP on every (cell, candidate) pair: l_sk = (GELU(a_sk) * keep_sk) V^T with a_sk = r_sk (C_s + P_k) + b.
 
-    cell C_s = W'_c c_s + W'_p p (B, S, h), candidate P_k = W'_k p_k (B, K, h), scale r (B, S, K), shift b (h,), weight V (2, h), keep
-    (B, S, K, h) of 0 and 1 (dropout) or None -> (B, S, K, 2). Written as a function with its own gradient because the pairs are the only
-    large thing in stage 2: one set at a time they stay in the cache, and the backward pass computes them again instead of keeping them.
-    With dl the gradient of the logits and d_sk = (dl_sk V) keep_sk GELU'(a_sk):
+    cell C_s = W'_c c_s + W'_p p (B, S, h), candidate P_k = W'_k p_k (B, K, h), scale r (B, S, K), shift b (h,), weight V (2, h) over
+    the share that dropout keeps, keep (B, S, K, h) of 0 and 1 (dropout) or None -> (B, S, K, 2). Written as a function with its own
+    gradient because the pairs are the only large thing in stage 2: one set at a time they stay in the cache, and the backward pass
+    computes them again instead of keeping them. With dl the gradient of the logits and d_sk = (dl_sk V) keep_sk GELU'(a_sk):
         dC_s = sum_k r_sk d_sk,  dP_k = sum_s r_sk d_sk,  dr_sk = (C_s + P_k).d_sk,  db = sum_sk d_sk,
         dV = sum_sk dl_sk^T (GELU(a_sk) keep_sk).
     """
