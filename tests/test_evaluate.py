@@ -579,7 +579,7 @@ def test_wrong_files_end_with_one_line_and_status_2(files, capsys):
 def write_run(folder, dataset, split, strength, seeds=("0",), **options):
     """A run folder as training leaves it: `ptrag` predicts a part of the true response, `state` half of that part."""
     folder.mkdir(parents=True)
-    config = ptrag.Config(split="perturbation:0", cells=8, top_k=4, **options)
+    config = ptrag.Config(**{"split": "perturbation:0", "cells": 8, "top_k": 4, **options})
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
 
     def blocks():
@@ -661,7 +661,7 @@ def test_a_run_gets_its_table_with_baselines_seeds_significance_and_a_self_conta
 def test_runs_stand_side_by_side_only_if_made_from_the_same_cells(simulated, tmp_path):
     dataset, split = simulated
     write_run(tmp_path / "one", dataset, split, 0.8)
-    write_run(tmp_path / "two", dataset, split, 0.4)
+    write_run(tmp_path / "two", dataset, split, 0.4, cells=16)              # the size of a set changes nothing that is compared
     write_run(tmp_path / "three", dataset, split, 0.4, seed=1)
     summary = evaluate.evaluate_runs([tmp_path / "one", tmp_path / "two"], dataset, split, say=lambda line: None)
     assert [label for label in dict.fromkeys(row["method"] for row in summary)][-4:] == ["one/state", "one/ptrag", "two/state", "two/ptrag"]
