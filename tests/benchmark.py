@@ -1,13 +1,14 @@
-"""Speed and memory, each as a ratio within one run on one machine: the table behind the README's numbers.
+"""Speed and memory of every part, as ratios within one run on one machine: one table.
 
-    python tests/benchmark.py [--quick] [--json FILE] [--only NAME,...]
+    python tests/benchmark.py [--quick] [--only NAME,...] [--json FILE] [--device cuda] [--threads N]
 
-Two sides of a ratio take turns, and the median of their ratios over five rounds (--quick: three, smaller shapes) is given. The other side
-is the published algorithm, written out below cell by cell as it was published; seconds of the published program are those measured once
-for it, divided by our ratio. The machine's own matrix product, timed in the same rounds, is the ceiling. What else runs on the machine
-disturbs seconds much and ratios little. Peak memory is that of a process of its own.
+The sides of a ratio take turns; the median over five rounds is given (--quick: three, and smaller shapes).
+The other side is the published algorithm, written out below cell by cell. What else runs on the machine
+disturbs seconds much, ratios little. Peak memory is that of a process of its own. The last two parts, data
+and run, make files of 643,413 cells (25 GB of disk, an hour): only if named, or with --only all.
 """
 import argparse
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,632 +31,442 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import ptrag  # noqa: E402
 
-GENES, POOL, EMBEDDING = 2000, 2009, 1536                                   # G, N, E of the published runs
-DEFAULT = ptrag.Config(method="ptrag")
-PUBLISHED = replace(DEFAULT, heads=12, head_dim=58, feed_forward=2784, causal=True, rotary=True, freeze_generator=True)
-PUBLISHED_STEP = 7.1                                                        # seconds of the published program at B = S = 64
-PUBLISHED_INFERENCE = {64: 761, 512: 1151}                                  # cells per second by S
-PUBLISHED_PARTS = {"similarity": "219", "mask loop": "18", "gather": "291", "candidate encoding": "412/371",    # ms, forward/backward
-                   "concatenation and norm": "137/140", "scorer": "120/290", "value map": "135/228", "sum": "31/48"}
+GENES, POOL, EMBEDDING = 2000, 2009, 1536  # G, N, E of the published runs
+CELLS, ALL_GENES, DENSITY = 643_413, 6_546, 0.12  # the full Replogle-Nadig shape, and of its counts
+NAMES = [f"GENE{number}" for number in range(POOL)]
+DEFAULT = ptrag.Config(method="ptrag", steps=10**9)
+GENERATOR = dict(heads=12, head_dim=58, feed_forward=2784, causal=True, rotary=True, freeze_generator=True)
+PUBLISHED = replace(DEFAULT, **GENERATOR)
+CELLS_A_SECOND = {64: 761, 512: 1151}  # the published program's inference, by S
+DEVICE = torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------------------- measuring
-
-def row(name, measured, goal="", met=None):
-    """One line of the table; met is None where there is nothing to meet."""
-    return {"row": name, "measured": measured, "goal": goal, "met": None if met is None else bool(met)}
-
+# ---- Measuring ---------------------------------------------------------------------------------------------
 
 def seconds(side):
-    """Seconds one call takes."""
     began = time.perf_counter()
     side()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def take_turns(rounds, *sides):
+def take_turns(quick, *sides):
     """Seconds (sides, rounds) of functions called in turn, after one call each to warm up."""
     for side in sides:
-        side()
-    return np.array([[seconds(side) for side in sides] for _ in range(rounds)]).T
+        seconds(side)
+    return np.array([[seconds(side) for side in sides] for _ in range(3 if quick else 5)]).T
 
 
-def rounds(quick):
-    """How often two sides take turns."""
-    return 3 if quick else 5
+def against(slow, fast, least=None, most=None):
+    """What was measured of two sides: the end of a row."""
+    ratio = float(np.median(slow / fast))
+    goal = f"at least {least} x" if least else f"at most {most} x" if most else ""
+    met = ratio >= least if least else ratio <= most if most else None
+    return f"{ratio:.2f} x: {np.median(slow):.3f} s, {np.median(fast):.3f} s", goal, met
 
 
-def ratio(slow, fast):
-    """Median over the rounds of one side's seconds against another's."""
-    return float(np.median(slow / fast))
+def memory(peak=False):
+    """GB that this process has now, or had at most; with a GPU, what torch has allocated there."""
+    if DEVICE.type == "cuda":
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) / 1e6
 
 
-MATRIX = torch.rand(2048, 2048)
-
-
-def matrix_product():
-    """The machine's ceiling: 2 * 2048^3 operations."""
-    return MATRIX @ MATRIX
-
-
-def billions(taken):
-    """Matrix products' seconds -> median billions of operations per second."""
-    return 2 * len(MATRIX)**3 / float(np.median(taken)) / 1e9
-
-
-def memory(kind):
-    """GB that this process has resident now (VmRSS) or had at most (VmHWM); getrusage would count its parent's too."""
-    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+def watched(*command):
+    """Runs a Python program: seconds, seconds of CPU, peak GB, the last line it printed. The memory is its
+    own: pages of a mapped file are the system's to take back."""
+    cpu, began, peak = sum(os.times()[2:4]), time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *map(int, re.findall(r"RssAnon:\s+(\d+)", status))])
+        time.sleep(0.02)
+    taken, cpu, printed = time.perf_counter() - began, sum(os.times()[2:4]) - cpu, process.stdout.read()
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}: {printed}")
+    return taken, cpu, peak / 1e6, printed.rstrip().rpartition("\n")[2]
 
 
 def in_a_process(task, **settings):
-    """What `task(**settings)` of this file returns in a process of its own."""
-    asked = json.dumps({"task": task.__name__, **settings})
-    out = subprocess.run([sys.executable, __file__, "--process", asked], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+    """What a function of this file returns in a process of its own, and that one's peak GB."""
+    asked = json.dumps({"task": task.__name__, **settings}), "--device", DEVICE
+    threads = "--threads", torch.get_num_threads()
+    *_, peak, printed = watched(Path(__file__).resolve(), "--process", *asked, *threads)
+    return json.loads(printed), peak
 
 
-# ------------------------------------------------------------------------------------------------------ the published form
+# ---- The published algorithm, cell by cell -----------------------------------------------------------------
 
-def at_once(name, part, *inputs):
-    """A part of the plain form, just computed."""
-    return part(*inputs)
-
-
-def plain_context(model, perturbation, cell, query, noise=None, run=at_once):
-    """Retrieval and selection as published: everything anew for every cell of every set.
-
-    perturbation (B,), cell (B, S, h), query (B, h), noise (B, S, K, 2) -> context (B, S, h), ptrag.Selection. `run` computes each part;
-    `PartTimes` is a `run` that also measures.
-    """
+def plain_context(model, perturbation, cell, query, noise=None):
+    """Retrieval and selection as published, everything anew for every cell of every set: perturbation (B,),
+    cell (B, S, h), query (B, h), noise (B, S, K, 2) -> context (B, S, h), Selection."""
     (B, S, h), K, stage = cell.shape, model.candidates.shape[1], model.selector
-    pool = model.embeddings[model.pool]                                                            # (N, E)
-    asked = model.embeddings[perturbation].repeat_interleave(S, 0)                                 # (B * S, E)
-
-    def mask_loop():
-        for i in range(B):
-            similarity[i * S:(i + 1) * S, model.pool == perturbation[i]] = -torch.inf
-
-    def join(cell, query, candidate):
-        shape = (B, S, K, h)
-        return stage.norm(torch.cat([cell[:, :, None].expand(shape), query[:, None, None].expand(shape), candidate.view(shape)], -1))
-
-    def score(z):
-        hidden = F.dropout(F.gelu(stage.score_in(z)), stage.dropout, stage.training)               # (B, S, K, h)
-        return stage.score_out(hidden)                                                             # (B, S, K, 2)
-
-    similarity = run("similarity", lambda: F.normalize(asked) @ F.normalize(pool).T)               # (B * S, N)
-    run("mask loop", mask_loop)
-    found = run("gather", lambda: pool[similarity.topk(K).indices])                                # (B * S, K, E)
-    candidate = run("candidate encoding", model.perturbation_encoder, found)                       # (B * S, K, h)
-    z = run("concatenation and norm", join, cell, query, candidate)                                # (B, S, K, 3h)
-    logits = run("scorer", score, z)                                                               # (B, S, K, 2)
+    pool = model.embeddings[model.pool]  # (N, E)
+    asked = model.embeddings[perturbation].repeat_interleave(S, 0)  # (B * S, E)
+    similarity = F.normalize(asked) @ F.normalize(pool).T  # (B * S, N)
+    for i in range(B):
+        similarity[i * S:(i + 1) * S, model.pool == perturbation[i]] = -torch.inf
+    found = pool[similarity.topk(K).indices]  # (B * S, K, E)
+    candidate = model.perturbation_encoder(found).view(B, S, K, h)
+    parts = cell[:, :, None], query[:, None, None], candidate
+    z = stage.norm(torch.cat([part.expand(B, S, K, h) for part in parts], -1))  # (B, S, K, 3h)
+    scored = F.dropout(F.gelu(stage.score_in(z)), stage.dropout, stage.training)  # (B, S, K, h)
+    logits = stage.score_out(scored)  # (B, S, K, 2)
     logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    weights, probability = stage.weigh(logits, "sample", noise)                                    # (B, S, K)
-    value = run("value map", stage.value, z)                                                       # (B, S, K, h)
-    context = run("sum", lambda w, v: (w[..., None] * v).sum(2), weights, value)                   # (B, S, h)
-    return context, ptrag.Selection(weights, logits, probability)
+    noise = ptrag.gumbel_noise(logits.shape, logits.device) if noise is None else noise
+    weights = ptrag.straight_through(logits, stage.temperature, noise)  # (B, S, K)
+    context = (weights[..., None] * stage.value(z)).sum(2)  # (B, S, h)
+    return context, ptrag.Selection(weights, logits, torch.sigmoid(logits.diff(dim=-1)[..., 0]))
 
 
 class PlainPTRAG(ptrag.PTRAG):
     """PT-RAG with the published retrieval and selection, and the same generator."""
 
     def forward(self, control, perturbation, gem_group=None, noise=None):
-        c = self.cell_encoder(control)                                                             # (B, S, h)
-        p = self.perturbation_encoder(self.embeddings[perturbation])                               # (B, h)
+        c, p = self.cell_encoder(control), self.perturbation_encoder(self.embeddings[perturbation])
         u, selection = plain_context(self, perturbation, c, p, noise)
         return F.relu(self.output(self.generator(u) + c)), selection
 
 
-class PartTimes:
-    """A `run` for `plain_context` that notes each part's forward and backward milliseconds."""
-
-    def __init__(self):
-        self.taken = {name: [] for name in PUBLISHED_PARTS}
-
-    def __call__(self, name, part, *inputs):
-        inputs = [x.detach().requires_grad_(name != "candidate encoding") for x in inputs]         # embeddings are not trained
-        began = time.perf_counter()
-        result = part(*inputs)
-        middle = time.perf_counter()
-        if result is not None and result.requires_grad:
-            result.backward(torch.ones_like(result))
-        self.taken[name].append((middle - began, time.perf_counter() - middle))
-        return result if result is None else result.detach()
-
-    def text(self):
-        """Each part's median milliseconds, forward/backward."""
-        return {name: "{:.0f}/{:.0f}".format(*np.median(taken, axis=0) * 1e3) for name, taken in self.taken.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------------- steps
+# ---- Steps -------------------------------------------------------------------------------------------------
 
 def make_model(config, kind=ptrag.PTRAG, genes=GENES, pool=POOL):
-    """A model whose pool is `pool` random embeddings: sets of a batch share few candidates, which is the hard case."""
+    """A model whose pool is `pool` random embeddings: sets share few candidates, which is the hard case."""
     embeddings = torch.randn(pool + 1, EMBEDDING, generator=torch.Generator().manual_seed(0))
     embeddings[0] = 0
     torch.manual_seed(0)
-    return kind(config, genes, embeddings, torch.arange(1, pool + 1))
+    return kind(config, range(genes), range(pool + 1), embeddings, torch.arange(1, pool + 1)).to(DEVICE)
 
 
 def make_batch(config, genes=GENES, pool=POOL):
     """A batch of random log1p counts."""
-    rng = np.random.default_rng(0)
-    cells = lambda: np.log1p(rng.poisson(0.6, (config.sets, config.cells, genes))).astype(np.float32)
-    return data.Batch(cells(), cells(), rng.integers(1, pool + 1, config.sets), np.zeros(config.sets, np.int64),
-                      np.zeros((config.sets, config.cells), np.int64))
+    rng, shape = np.random.default_rng(0), (config.sets, config.cells)
+    control, target = (np.log1p(rng.poisson(0.6, (*shape, genes))).astype(np.float32) for _ in range(2))
+    perturbation, nothing = rng.integers(1, pool + 1, config.sets), np.zeros(shape, np.int64)
+    return data.Batch(control, target, perturbation, nothing[:, 0], nothing)
 
 
-class Training(ptrag.Run):
-    """ptrag.train on one batch, a step a call; the run it takes keeps the optimiser from call to call and writes nothing."""
-
-    def __init__(self, model, config, batch):
-        self.model, self.config, self.batch, self.state = model, replace(config, steps=1), batch, None
-        self.device, self.rank, self.ranks = torch.device("cpu"), 0, 1
-        self.network = super().wrap(model)
-
-    def __call__(self):
-        ptrag.train(self.model, lambda done: iter([self.batch]), [], self.config, self)
-
-    def wrap(self, model):
-        return self.network
-
-    def restore(self, model, optimizer):
-        optimizer.state = self.state if self.state else optimizer.state
-        self.state = optimizer.state
-        return ptrag.Progress()
-
-    def record(self, step, loss, *others):
-        loss.item()
-
-    def save(self, *everything):
-        pass
+def training(config, batch, model=None):
+    """ptrag.train on one batch, a step a call."""
+    model = model or make_model(config)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trained, config.lr, fused=True)
+    steps = ptrag.train(model, optimizer, itertools.repeat(batch), [], config, ptrag.Progress())
+    return lambda: next(steps)
 
 
-def step_memory(sets, cells, top_k, genes, pool, alternate):
-    """Peak GB over the loaded batch of training steps; with `alternate`, also their seconds against those of the default step."""
-    config = replace(DEFAULT, sets=sets, cells=cells, top_k=top_k)
-    batch, before = make_batch(config, genes, pool), memory("VmRSS")
-    began = time.perf_counter()
-    model = make_model(config, genes=genes, pool=pool)
-    table = time.perf_counter() - began
-    train = Training(model, config, batch)
-    for _ in range(3):
-        train()
-    peak, result = memory("VmHWM") - before, {}
-    if alternate:
-        default = Training(make_model(DEFAULT), DEFAULT, make_batch(DEFAULT))
-        taken = take_turns(3, train, default)
-        result = {"seconds": float(np.median(taken[0])), "ratio": ratio(taken[0], taken[1])}
-    return {"memory": peak, "table": table, **result}
+def growing_step(genes=GENES, pool=POOL, turns=True, **sizes):
+    """Peak GB over its batch of a step with other sizes; its seconds, and the default step's, in turn."""
+    config = replace(DEFAULT, **sizes)
+    batch, before = make_batch(config, genes, pool), memory()
+    step = training(config, batch, make_model(config, genes=genes, pool=pool))
+    seconds(step), seconds(step)
+    peak = memory(peak=True) - before
+    return peak, take_turns(True, step, training(DEFAULT, make_batch(DEFAULT))).tolist() if turns else None
 
 
-# -------------------------------------------------------------------------------------------------------------------- rows
-
-def selection_rows(quick):
-    """Stages 1 and 2, forward and backward, against the plain form; the plain form's parts; how far the two differ."""
-    config = replace(DEFAULT, sets=16 if quick else 64)
-    model = make_model(config).train()
-    perturbation = torch.from_numpy(make_batch(config, genes=2).perturbation)
-    cell = torch.randn(config.sets, config.cells, config.hidden, requires_grad=True)
-    upstream = torch.randn(config.sets, config.cells, config.hidden)
-    noise = ptrag.gumbel_noise((config.sets, config.cells, config.top_k, 2))
-
-    def ours():
-        query = model.perturbation_encoder(model.embeddings[perturbation])
-        candidate, retrieved = model.encode_candidates(perturbation, model.perturbation_encoder)
-        return finish(cell, *model.selector(cell, query, candidate, retrieved, noise=noise))
-
-    def plain(cell=cell, noise=noise):
-        query = model.perturbation_encoder(model.embeddings[perturbation])
-        return finish(cell, *plain_context(model, perturbation, cell, query, noise))
-
-    def finish(cell, context, selection):
-        model.zero_grad()
-        cell.grad = None
-        ((context * upstream).sum() + selection.weights.mean()).backward()
-        gradients = [weight.grad.clone() for weight in (cell, *model.parameters()) if weight.grad is not None]
-        return selection.weights.detach(), [context.detach(), selection.logits.detach(), *gradients]
-
-    model.selector.dropout = 0.0                                                                   # the same numbers need the same noise
-    weights, values = ours()
-    model.double()                                                                                 # float32 blurs the plain form more
-    exact_weights, exact_values = plain(cell.detach().double().requires_grad_(), noise.double())
-    model.float()
-    flips = int((weights != exact_weights.float()).sum())
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, exact_values))
-    model.selector.dropout = config.dropout
-    part_times = PartTimes()
-    query = model.perturbation_encoder(model.embeddings[perturbation]).detach()
-    parts = lambda: plain_context(model, perturbation, cell, query, noise, part_times)
-    slow, fast, ceiling, _ = take_turns(rounds(quick), plain, ours, matrix_product, parts)
-    faster, shapes = ratio(slow, fast), f"B {config.sets}, S 64, K 32, E {EMBEDDING}, N {POOL}"
-    rows = [row(f"retrieval + selection, forward + backward ({shapes})",
-                f"{faster:.1f} x: {np.median(slow):.3f} s plain, {np.median(fast):.3f} s here", "at least 20 x", faster >= 20),
-            row("  the same numbers: values and gradients against the plain form in double", f"{error:.1e}, {flips} decisions differ",
-                "1e-5", error <= 1e-5 and flips == 0),
-            row("  machine's matrix product, 2048^3", f"{billions(ceiling):.0f} GFLOP/s")]
-    return rows + [row(f"  plain form, {name}", f"{text} ms", f"published, at B 64: {PUBLISHED_PARTS[name]} ms")
-                   for name, text in part_times.text().items()]
-
-
-def operations(train, config):
-    """Multiplications and additions of the matrix products of one step; attention's, which the counter misses, from its shapes."""
-    with FlopCounterMode(display=False) as counter:
-        train()
-    counted = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "scaled_dot_product" not in str(name))
-    attention = 2 * config.sets * config.layers * config.heads * config.cells**2 * config.head_dim
-    return counted + 6 * attention                                                                 # two products forward, four backward
-
-
-def rate_row(name, operations, taken, ceiling, goal=""):
-    """A step's billions of operations per second as a share of the machine's matrix product."""
-    share = operations / (2 * len(MATRIX)**3) * ratio(ceiling, taken)
-    return row(name, f"{100 * share:.0f} % of the machine's {billions(ceiling):.0f} GFLOP/s ({operations / 1e9:.0f} GFLOP a step)", goal,
-               share >= 0.5 if goal else None)
-
-
-def two_steps(sets, turns):
-    """Seconds (3, turns) of the default step, of the same without retrieval and of the matrix product; the default step's operations."""
-    config = replace(DEFAULT, sets=sets)
-    batch, genept = make_batch(config), replace(config, method="state-genept")
-    ours, without = Training(make_model(config), config, batch), Training(make_model(genept), genept, batch)
-    return {"taken": take_turns(turns, ours, without, matrix_product).tolist(), "operations": operations(ours, config)}
-
+# ---- Rows: name, measured, goal, whether it is met ---------------------------------------------------------
 
 def step_rows(quick):
-    """The default step: against the same generator without retrieval, and its rate against the machine's; in a process of its own."""
-    config = replace(DEFAULT, sets=16 if quick else 64)
-    found = in_a_process(two_steps, sets=config.sets, turns=3 if quick else 15)                    # more: the ratio is near its goal
-    taken, plain, ceiling = np.array(found["taken"])
-    slower = ratio(taken, plain)
-    return [row(f"step, ptrag against state-genept, default generator (B {config.sets})",
-                f"{slower:.2f} x: {np.median(taken):.3f} s against {np.median(plain):.3f} s", "at most 1.15 x", slower <= 1.15),
-            rate_row("  rate of the default step's matrix products", found["operations"], taken, ceiling, "at least 50 %")]
+    B = 4 if quick else 64
+    published, default = replace(PUBLISHED, sets=B), replace(DEFAULT, sets=B)
+    plain, batch = replace(published, group_cells=2**40), make_batch(default)  # it knows no groups of sets
+    sides = [training(plain, batch, make_model(plain, PlainPTRAG))]
+    for config in (published, default, replace(default, method="state-genept")):
+        sides.append(training(config, batch))
+    plain, ours, own, without = take_turns(quick, *sides)
+    yield f"step against the published algorithm, B {B}: default generator", *against(plain, own, least=7)
+    yield "  published generator", *against(plain, ours, least=3.5)
+    yield f"ptrag step against state-genept, B {B}, default generator", *against(own, without, most=1.35)
 
 
-def published_rows(quick):
-    """Steps with the published generator and with ours, through the ratio to the plain form's step with the published generator."""
-    small = dict(sets=8) if quick else {}
-    published, default = replace(PUBLISHED, **small), replace(DEFAULT, **small)
-    batch = make_batch(published)
-    sides = [Training(make_model(published, PlainPTRAG), published, batch), Training(make_model(published), published, batch),
-             Training(make_model(default), default, batch)]
-    plain, ours, own, ceiling = take_turns(rounds(quick), *sides, matrix_product)
-    faster, much_faster = ratio(plain, ours), ratio(plain, own)
-    return [row(f"step with the published generator against the plain form's (B {published.sets})",
-                f"{faster:.2f} x: {np.median(plain):.2f} s, {np.median(ours):.2f} s; {PUBLISHED_STEP} s -> {PUBLISHED_STEP / faster:.1f} s",
-                "at least 1.5 x", faster >= 1.5),
-            rate_row("  rate of its matrix products", operations(sides[1], published), ours, ceiling),
-            row(f"step with the default generator against the same (B {published.sets})",
-                f"{much_faster:.1f} x: {np.median(own):.2f} s; {PUBLISHED_STEP} s -> {PUBLISHED_STEP / much_faster:.2f} s",
-                "at least 6 x", much_faster >= 6)]
+def selection_rows(quick):
+    """Stages 1 and 2, forward and backward, against the plain form, and how far the two differ."""
+    config = replace(DEFAULT, sets=4 if quick else 64)
+    model, shape = make_model(config).train(), (config.sets, config.cells, config.hidden)
+    perturbation = torch.from_numpy(make_batch(config, genes=2).perturbation).to(DEVICE)
+    cell, upstream = torch.randn(shape, device=DEVICE, requires_grad=True), torch.randn(shape, device=DEVICE)
+    noise = ptrag.gumbel_noise((*shape[:2], config.top_k, 2), DEVICE)
+    encode = lambda genes: model.perturbation_encoder(model.embeddings[genes])
+
+    def ours():
+        candidate = encode(model.candidates[perturbation])
+        return finish(cell, *model.selector(cell, encode(perturbation), candidate, noise=noise))
+
+    def plain(cell=cell, noise=noise):
+        return finish(cell, *plain_context(model, perturbation, cell, encode(perturbation), noise))
+
+    def finish(cell, context, selection):
+        weights = cell, *model.parameters()
+        for weight in weights:
+            weight.grad = None
+        ((context * upstream).sum() + selection.weights.mean()).backward()
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        return selection.weights.detach(), [context.detach(), selection.logits.detach(), *gradients]
+
+    model.selector.dropout = 0.0  # the same numbers need the same noise
+    (weights, values), _ = ours(), model.double()  # float32 blurs the plain form more
+    exact_weights, exact_values = plain(cell.detach().double().requires_grad_(), noise.double())
+    flips = int((weights != exact_weights).sum())
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, exact_values))
+    model.float().selector.dropout = config.dropout
+    title = f"retrieval + selection, forward + backward, against the plain form, B {config.sets}"
+    yield title, *against(*take_turns(quick, plain, ours), least=12)
+    found = f"{error:.0e}, {flips} decisions differ"
+    yield "  values and gradients against double", found, "1e-5, 0", error <= 1e-5 and not flips
 
 
-def memory_rows(quick):
-    """Peak memory of the default step, at full size in either mode."""
-    peak = in_a_process(step_memory, sets=64, cells=64, top_k=32, genes=GENES, pool=POOL, alternate=False)["memory"]
-    return [row("peak memory of the default step over the loaded batch", f"{peak:.2f} GB", "under 2 GB", peak < 2)]
+def table_rows(quick):
+    """The table of 20,000 genes; a part of it against every cosine, sorted. Some genes share an embedding."""
+    N, K = 3000 if quick else 20_000, DEFAULT.top_k
+    embeddings, found = torch.randn(N, EMBEDDING).to(DEVICE), []
+    embeddings[::7], embeddings[2::14] = embeddings[3], embeddings[1::14][:len(embeddings[2::14])]
+    pool, some = torch.arange(N, device=DEVICE), torch.arange(0, N, N // 500, device=DEVICE)
+    taken = seconds(lambda: found.extend(ptrag.retrieve(embeddings, pool, K)))
+    yield f"retrieval table of {N:,} genes", f"{taken:.2f} s", "under 3 s", None if quick else taken < 3
+    unit = F.normalize(embeddings.double(), dim=1)
+    cosine = (unit[some] @ unit.T).round(decimals=9).masked_fill(some[:, None] == pool, -torch.inf)
+    differ = (found[0][some] != cosine.sort(dim=1, descending=True, stable=True).indices[:, :K]).sum()
+    yield f"  neighbours of {len(some)} that differ from all cosines sorted", f"{differ}", "0", not differ
 
 
 def metric_rows(quick):
-    """All metrics of one condition, 100 real and 100 predicted cells."""
     rng = np.random.default_rng(0)
     level = rng.gamma(0.5, 1.0, GENES)
     cells = lambda n, change=1.0: np.log1p(rng.poisson(level * change, (n, GENES))).astype(np.float32)
-    control, real, predicted = cells(500), cells(100, rng.lognormal(0, 0.3, GENES)), cells(100, rng.lognormal(0, 0.3, GENES))
-    profiles = np.stack([cells(20).mean(0) for _ in range(500)])
-    line = evaluate.Line(evaluate.moments([control]), *evaluate.fit_pca([control, real]), profiles, profiles)
-    excluded = np.arange(GENES) == 0
-    measure = lambda: evaluate.condition_rows(real, [line.population(predicted)], line, profiles, 0, excluded)
-    taken = take_turns(rounds(quick), measure, matrix_product)
-    median = float(np.median(taken[0]))
-    return [row(f"one condition's whole metric row, 100 + 100 cells x {GENES} genes, 500 conditions ranked",
-                f"{median:.3f} s (machine {billions(taken[1]):.0f} GFLOP/s)", "under 0.1 s", median < 0.1)]
+    control, (real, predicted) = cells(500), (cells(100, rng.lognormal(0, 0.3, GENES)) for _ in range(2))
+    profiles, excluded = np.stack([cells(20).mean(0) for _ in range(500)]), np.arange(GENES) == 0
+    of_control = evaluate.moments([control])
+    subtracted = np.stack([of_control.mean] * 2)[None]
+    line = evaluate.Line(of_control, *evaluate.fit_pca([control, real]), profiles[None], subtracted)
+    row = lambda: evaluate.condition_rows(real, [line.population(predicted)], line, 0, 0, excluded)
+    taken = np.median(take_turns(quick, row))
+    yield "one condition's whole metric row, 100 + 100 cells", f"{taken:.3f} s", "under 0.1 s", taken < 0.1
 
 
 def inference_rows(quick):
-    """Predicted cells per second against the plain form with the published generator, and with ours."""
-    rows = []
-    for cells, published_rate in PUBLISHED_INFERENCE.items():
-        config = replace(PUBLISHED, cells=cells)
-        n = 512 if quick else 4096
-        control = make_batch(replace(config, sets=n // cells)).control.reshape(n, GENES)
-        models = [make_model(config, PlainPTRAG), make_model(config), make_model(DEFAULT)]
-        query = np.arange(1, 1 + n // cells)
-        sides = [lambda model=model: ptrag.predict(model, control, query, set_size=cells) for model in models]
-        plain, ours, own = take_turns(rounds(quick), *sides)
-        rows.append(row(f"inference, S {cells}, {n:,} cells: published generator; ours",
-                        f"{ratio(plain, ours):.2f} x ({published_rate * ratio(plain, ours):,.0f} cells/s); {ratio(plain, own):.1f} x "
-                        f"({published_rate * ratio(plain, own):,.0f} cells/s)", f"above {published_rate:,} cells/s",
-                        ratio(plain, ours) > 1))
-    return rows
-
-
-def broadcast_energy(x, y):
-    """The energy distance as written: every difference of two cells, (B, S, S, G)."""
-    distance = lambda a, b: ((a[:, :, None] - b[:, None]).square().sum(-1) + 1e-12).sqrt().mean((1, 2))
-    return distance(x, y) - distance(x, x) / 2 - distance(y, y) / 2
-
-
-def energy_memory(form, sets):
-    """Peak GB over its input of one energy distance, forward and backward."""
-    x, y = torch.rand(sets, 64, GENES, requires_grad=True), torch.rand(sets, 64, GENES)
-    before = memory("VmRSS")
-    {"here": ptrag.energy_distance, "plain": broadcast_energy}[form](x, y).sum().backward()
-    return memory("VmHWM") - before
+    for S, before in CELLS_A_SECOND.items():
+        n, config = 512 if quick else 4096, replace(PUBLISHED, cells=S)
+        control = make_batch(replace(config, sets=n // S)).control.reshape(n, GENES)
+        models = make_model(config, PlainPTRAG), make_model(config), make_model(DEFAULT)
+        sides = [lambda model=model: ptrag.predict(model, control, 1, set_size=S) for model in models]
+        plain, *ours = take_turns(quick, *sides)
+        for title, taken in zip(("published", "default"), ours):
+            shown = f"{title} generator: {before:,} cells/s -> {before * np.median(plain / taken):,.0f}"
+            yield f"inference, S {S}, {n:,} cells, {shown}", *against(plain, taken, least=1)
 
 
 def energy_rows(quick):
-    """The loss against the form with a (B, S, S, G) tensor, where that fits."""
-    sets = 2 if quick else 8
-    x, y = torch.rand(sets, 64, GENES, requires_grad=True), torch.rand(sets, 64, GENES)
-    forms = [lambda form=form: form(x, y).sum().backward() for form in (broadcast_energy, ptrag.energy_distance)]
-    slow, fast = take_turns(rounds(quick), *forms)
-    much, little = (in_a_process(energy_memory, form=form, sets=sets) for form in ("plain", "here"))
-    with torch.no_grad():
-        error = float((broadcast_energy(x, y) / ptrag.energy_distance(x, y) - 1).abs().max())
-    return [row(f"energy distance, forward + backward, against the (B, S, S, G) form (B {sets})",
-                f"{ratio(slow, fast):.0f} x faster; {little:.2f} GB against {much:.2f} GB; values within {error:.0e}",
-                "a quarter of the memory", little < much / 4)]
+    """The loss against every difference of two cells, (B, S, S, G), written out."""
+    distance = lambda a, b: ((a[:, :, None] - b[:, None]).square().sum(-1) + 1e-12).sqrt().mean((1, 2))
+    plain = lambda x, y: distance(x, y) - distance(x, x) / 2 - distance(y, y) / 2
+    sets, forms = 2 if quick else 8, (plain, ptrag.energy_distance)
+    x, y = torch.rand(2, sets, 64, GENES, device=DEVICE)
+    taken = take_turns(quick, *[lambda f=f: f(x.clone().requires_grad_(), y).sum().backward() for f in forms])
+    yield f"energy distance, forward + backward, against the (B, S, S, G) form, B {sets}", *against(*taken)
+    error = float((plain(x, y) / ptrag.energy_distance(x, y) - 1).abs().max())
+    yield "  how far the values differ", f"{error:.0e}", "1e-5", error <= 1e-5
 
 
 def option_rows(quick):
-    """--compile and --bf16: the step against the plain one, and how far the predictions are from it."""
-    config, rows = replace(DEFAULT, sets=8 if quick else 64), []
-    batch, model = make_batch(config), make_model(DEFAULT)
-    plain = Training(model, config, batch)
-    control, perturbation = torch.from_numpy(batch.control[:4]), torch.from_numpy(batch.perturbation[:4])
-    for name, tolerance in (("bf16", 2e-2), ("compile", 1e-4)):
-        if quick and name == "compile":
-            continue                                                                               # compiling takes minutes
-        option = Training(model, replace(config, **{name: True}), batch)
+    """--bf16 and --compile (which takes minutes): a step, and how far its loss is from the plain step's."""
+    config = replace(DEFAULT, sets=4 if quick else 64, select="all")  # nothing drawn: the losses agree
+    batch = make_batch(config)
+    for name, tolerance in (("bf16", 2e-2), ("compile", 1e-4))[:1 if quick else 2]:
+        sides = [training(changed, batch) for changed in (config, replace(config, **{name: True}))]
         try:
-            usual, special = take_turns(rounds(quick), plain, option)
-        except Exception as failure:                                                               # no compiler here: said, not hidden
-            rows.append(row(f"step with --{name}", f"fails: {str(failure).strip().splitlines()[0][:60]}", "works", False))
-            continue
-        with torch.no_grad():
-            exact = model.eval()(control, perturbation)[0]
-            with option.precision():
-                other = option.network(control, perturbation)[0].float()
-        error = float((other - exact).abs().max() / exact.abs().max())
-        rows.append(row(f"step with --{name} (B {config.sets})", f"{ratio(usual, special):.2f} x faster; predictions within {error:.0e}",
-                        f"within {tolerance:.0e}", error <= tolerance))
-    return rows
+            exact, other = (side().energy.mean().item() for side in sides)
+            error, (measured, *_) = abs(other / exact - 1), against(*take_turns(quick, *sides))
+        except Exception as failure:  # no compiler here: said, not hidden
+            error, measured = np.inf, f"fails: {str(failure).strip().splitlines()[0][:40]}"
+        yield (f"step against one with --{name}, B {config.sets}, and how far the loss differs",
+               f"{measured}; {error:.0e}", f"{tolerance:.0e}", error <= tolerance)
 
 
 def growth_rows(quick):
-    """Time and peak memory of the default step as one size grows; in a process each, alternating with the default step."""
-    if quick:
-        return []
-    rows, usual = [], dict(sets=64, cells=64, top_k=32, genes=GENES, pool=POOL)
-    for letter, name, sizes in (("K", "top_k", (8, 32, 128)), ("S", "cells", (32, 128, 512)), ("G", "genes", (500, 2000, 8000)),
-                                ("N", "pool", (1000, 5000, 20000))):
-        for size in sizes:
-            found = in_a_process(step_memory, **{**usual, name: size}, alternate=True)
-            rows.append(row(f"step at {letter} {size:,}", f"{found['ratio']:.2f} x the default step, {found['seconds']:.2f} s, "
-                            f"{found['memory']:.2f} GB; model and retrieval table {found['table']:.1f} s"))
-    return rows
+    """Peak memory of the default step; time and memory as one size grows, in turn with the default step."""
+    peak = in_a_process(growing_step, turns=False)[0][0]
+    yield "peak memory of the default step over the loaded data", f"{peak:.2f} GB", "under 0.7 GB", peak < 0.7
+    sizes = {"top_k": (8, 128), "cells": (128, 512), "genes": (500, 8000), "pool": (1000, 20_000)}
+    for letter, (name, values) in zip("KSGN", {} if quick else sizes.items()):
+        for size in values:
+            peak, taken = in_a_process(growing_step, **{name: size})[0]
+            measured, goal, met = against(*np.array(taken), most=13 if size == 512 else None)
+            yield (f"step at {letter} {size:,} against the default step; its peak memory",
+                   f"{measured}; {peak:.2f} GB", goal and f"{goal}, 2 GB", met and peak < 2)
 
 
-# -------------------------------------------------------------------------------------- data, at the full Replogle-Nadig shape
+def group_rows(quick):
+    """Cells that pass the model at once: multiples of the rule 2**20 // feed_forward, 8,192 cells a step."""
+    for S, h in [(64, 64)] if quick else itertools.product((64, 128, 512), (64, 128, 512)):
+        own = dict(heads=max(1, h // 32), feed_forward=4 * h)
+        for title, generator in {"default": own, "published": GENERATOR}.items():
+            config = replace(DEFAULT, hidden=h, cells=S, sets=(1024 if quick else 8192) // S, **generator)
+            rule, batch = max(S, 2**20 // config.feed_forward // S * S), make_batch(config)
+            sizes = sorted({max(S, int(rule * by) // S * S) for by in (0.25, 0.5, 1, 2, 4)})
+            taken = take_turns(True, *[training(replace(config, group_cells=n), batch) for n in sizes])
+            slower = np.median(taken, 1) / np.median(taken, 1).min()  # than the best
+            yield (f"groups of sets, S {S}, h {h}, {title} generator, rule {rule:,} cells",
+                   ", ".join(f"{n:,} {by:.2f}" for n, by in zip(sizes, slower)), "within 10 %",
+                   slower[sizes.index(rule)] <= 1.1)
 
-CELLS, ALL_GENES, LINES, PERTURBATIONS, DENSITY = 643_413, 6_546, 4, 2_000, 0.12
+
+def gpu_rows(quick):
+    """A step on a GPU against one on two cores, and its profile; nothing without one."""
+    global DEVICE
+    if DEVICE.type == "cuda":
+        device, batch = DEVICE, make_batch(DEFAULT)
+        fast = take_turns(quick, step := training(DEFAULT, batch))
+        with torch.profiler.profile() as profile:
+            seconds(step)
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20))
+        DEVICE = torch.device("cpu")
+        torch.set_num_threads(2)
+        slow = take_turns(quick, training(DEFAULT, batch))
+        DEVICE = device
+        yield "step on two cores against this GPU", *against(slow, fast, least=20)
 
 
-def write_labels(file, cells, genes, rng):
-    """obs and var of a file whose cells stand in random order."""
-    names = ["non-targeting"] + [f"GENE{number}" for number in range(PERTURBATIONS)]
-    codes = np.where(rng.random(cells) < 0.06, 0, rng.integers(1, len(names), cells))
-    columns = {"gene": (codes.astype(np.int32), names),
-               "cell_line": (rng.integers(0, LINES, cells).astype(np.int8), ["hepg2", "jurkat", "k562", "rpe1"]),
-               "gem_group": (rng.integers(1, 57, cells), None)}
-    data.write_frame(file, "obs", [f"cell{number}" for number in range(cells)], columns)
-    data.write_frame(file, "var", [f"GENE{number}" for number in range(genes)], {})
+# ---- Data at full shape ------------------------------------------------------------------------------------
 
-
-def make_dense(path, cells):
-    """Log-normalised, dense, uncompressed obsm/X_hvg, as in the published file."""
-    rng = np.random.default_rng(0)
-    tile = np.log1p(rng.poisson(0.6, (4096, GENES))).astype(np.float32)
+def make_file(path, cells, sparse):
+    """Cells in random order: counts of all genes in CSR, or log-normalised dense obsm/X_hvg, as published;
+    and genept.npz beside it."""
+    np.savez("genept.npz", genes=NAMES, embeddings=np.random.default_rng(0).normal(size=(POOL, EMBEDDING)))
+    rng, width = np.random.default_rng(0), ALL_GENES if sparse else GENES
+    gene = np.where(rng.random(cells) < 0.06, 0, rng.integers(1, POOL, cells))
+    lines = np.array(["hepg2", "jurkat", "k562", "rpe1"])[rng.integers(0, 4, cells)]
+    obs = {"gene": np.array(["non-targeting", *NAMES])[gene].tolist(), "cell_line": lines.tolist(),
+           "gem_group": rng.integers(1, 57, cells)}
+    tile, share = 1 + rng.poisson(0.6, (4096, width)).astype(np.float32), rng.gamma(0.4, 1.0, width)
+    tile *= rng.random(tile.shape) < np.clip(share / share.mean() * DENSITY, 0, 0.95)
     with h5py.File(path, "w") as file:
-        write_labels(file, cells, GENES, rng)
-        matrix = file.create_dataset("obsm/X_hvg", (cells, GENES), np.float32)
-        for begin in range(0, cells, len(tile)):
-            matrix[begin:begin + len(tile)] = tile[:cells - begin] + np.float32(begin % 7 * 1e-3) * (tile[:cells - begin] > 0)
-
-
-def make_csr(path, cells):
-    """Counts of all genes in CSR, uncompressed."""
-    rng = np.random.default_rng(0)
-    share = rng.gamma(0.4, 1.0, ALL_GENES)
-    present = rng.random((4096, ALL_GENES)) < np.clip(share / share.mean() * DENSITY, 0.0, 0.95)
-    indices = np.nonzero(present)[1].astype(np.int32)
-    values = (1 + rng.poisson(1.0, len(indices))).astype(np.float32)
-    pointers = np.concatenate([[0], np.cumsum(present.sum(1))])
-    tiles, rest = divmod(cells, len(present))
-    total = tiles * len(indices) + int(pointers[rest])
-    with h5py.File(path, "w") as file:
-        write_labels(file, cells, ALL_GENES, rng)
-        group = data.encode(file.create_group("X"), "csr_matrix", "0.1.0")
-        group.attrs["shape"] = np.array([cells, ALL_GENES])
-        group.create_dataset("data", (total,), np.float32)
-        group.create_dataset("indices", (total,), np.int32)
-        starts = np.arange(tiles + 1) * len(indices)
-        group["indptr"] = np.concatenate([(starts[:, None] + pointers[:-1]).ravel()[:cells], [total]])
-        for begin in starts:
-            group["data"][begin:begin + len(values)] = values[:total - begin]
-            group["indices"][begin:begin + len(indices)] = indices[:total - begin]
+        data.encode(file, "anndata", "0.1.0")
+        data.write_frame(file, "obs", [f"cell{number}" for number in range(cells)], obs)
+        data.write_frame(file, "var", [f"GENE{number}" for number in range(width)], {})
+        group, parts, total = file.create_group("obsm"), {"X_hvg": np.log1p(tile)}, cells
+        if sparse:
+            group = data.encode(file.create_group("X"), "csr_matrix", "0.1.0")
+            group.attrs["shape"] = np.array([cells, width])
+            group["indptr"] = np.append(0, np.resize((tile > 0).sum(1), cells).cumsum())
+            parts = {"data": tile[tile > 0], "indices": np.nonzero(tile)[1].astype(np.int32)}
+            total = int(group["indptr"][-1])
+        for name, values in parts.items():
+            stored = group.create_dataset(name, (total, *values.shape[1:]), values.dtype)
+            for begin in range(0, total, len(values)):
+                stored[begin:begin + len(values)] = values[:total - begin]
 
 
 def forget(path):
     """Asks the system to drop a file from its cache, so that the next reader goes to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
-def plain_copy(path, target):
-    """Copies a file, down to the disk."""
-    shutil.copyfile(path, target)
-    with open(target, "rb") as file:
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-COMMAND = """import re, sys
-sys.path.insert(0, sys.argv.pop(1))
-import data
-assert data.main(sys.argv[1:]) == 0
-"""
-FIRST_BATCH = """import re, sys
-sys.path.insert(0, sys.argv[1])
-import data
-dataset = data.load(sys.argv[2])
-data.SetSampler(dataset, data.split(dataset, "perturbation:0").train, 64, 0).draw(0, range(64))
-"""
-PEAK = 'print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])'
+def first_batch(path):
+    """Seconds until the first batch is there."""
+    return seconds(lambda: sampler_of(data.load(path)).draw(0, range(DEFAULT.sets)))
 
 
-def measured_run(script, *arguments):
-    """Seconds and peak memory in GB of a Python process, its start included; torch is not part of it."""
-    began = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", script + PEAK, str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return time.perf_counter() - began, int(result.stdout.splitlines()[-1]) / 1e6
+def sampler_of(dataset):
+    return data.SetSampler(dataset, data.split(dataset, DEFAULT.split).train, 64, 0)
 
 
-def pack_rows(kind, path, packed, genept):
-    """Packing one file, against a plain copy of it, and looking into it."""
-    size = os.path.getsize(path)
-    forget(path)
-    plain = seconds(lambda: plain_copy(path, packed))
-    os.remove(packed)
-    forget(path)
-    taken, peak = measured_run(COMMAND, "pack", path, "--genept", genept, "-o", packed)
-    forget(path)
-    info, info_peak = measured_run(COMMAND, "info", path)
-    full = size > 1e9                                                                              # start-up is all that a small file shows
-    return [row(f"pack {kind} ({size / 1e9:.2f} GB)", f"{taken:.1f} s, {taken / plain:.2f} x the copy's {plain:.1f} s",
-                "at most 3 x a plain copy", taken <= 3 * plain if full else None),
-            row(f"pack {kind}, peak memory", f"{peak:.2f} GB", "under 2 GB", peak < 2),
-            row(f"pack {kind}, bytes on disk", f"{os.path.getsize(packed) / 1e9:.2f} GB"),
-            row(f"info {kind}", f"{info:.2f} s, {info_peak:.2f} GB", "under 2 s", info < 2)]
-
-
-def drawing_rows(packed, train, steps=6):
-    """Opening the packed file, drawing from it, and waiting for the next batch while `train` works."""
-    forget(packed)
-    cold, peak = measured_run(FIRST_BATCH, packed)
-    warm, _ = measured_run(FIRST_BATCH, packed)
-    info, _ = measured_run(COMMAND, "info", packed)
-    dataset = data.load(packed)
-    sampler = data.SetSampler(dataset, data.split(dataset, "perturbation:0").train, 64, 0)
-    forget(packed)
-    draw, cached = (np.mean([seconds(lambda: sampler.draw(step, range(64))) for step in range(steps)]) for _ in range(2))
-    train()
-    batches = data.prefetch(sampler, range(100, 100 + steps), range(64))
-    next(batches)                                                                                  # the first batch is a row above
-    working = waiting = 0.0
-    for _ in range(steps - 1):
-        working += seconds(train)
-        waiting += seconds(lambda: next(batches))
-    step = working / (steps - 1)
-    share = waiting / (waiting + working)
-    return [row("start Python, open the packed file, split, draw the first batch (64 x 64)",
-                f"{cold:.2f} s from disk, {warm:.2f} s cached; {peak:.2f} GB", "under 2 s", cold < 2),
-            row("info packed", f"{info:.2f} s", "under 2 s", info < 2),
-            row("draw one batch", f"{draw:.3f} s from disk, {cached:.3f} s cached; {draw / step:.2f} of a step of {step:.2f} s",
-                "under 0.25 of a step", draw < step / 4),
-            row("share of a training step spent waiting for data", f"{100 * share:.1f} %", "under 25 %", share < 0.25)]
-
-
-def whole_test_set(packed, conditions):
-    """Seconds to predict and to evaluate many test conditions of a packed file with an untrained default model; their cells; peak GB.
-
-    Memory is what the process allocated (RssAnon): pages of the mapped file are the system's to take back.
-    """
-    config, peak, watching = replace(DEFAULT, data=packed), [0.0], threading.Event()
-
-    def watch():
-        while not watching.wait(0.05):
-            peak.append(memory("RssAnon"))
-
-    dataset = data.load(packed)
+def whole_test_set(path, conditions):
+    """Cells of test conditions; seconds to predict and to evaluate them with an untrained default model."""
+    dataset, config, folder = data.load(path), replace(DEFAULT, data=path), Path(path).parent
     split = data.split(dataset, config.split)
-    split.test = split.test[::max(1, len(split.test) // conditions)][:conditions]
-    models = {("ptrag", 0): ptrag.build_model(config, dataset, split)}
-    before, watcher = memory("RssAnon"), threading.Thread(target=watch)
-    watcher.start()
-    with tempfile.TemporaryDirectory() as folder:
-        ptrag.write_file(Path(folder, "config.json"), json.dumps(asdict(config)).encode())
-        predicting = seconds(lambda: ptrag.write_predictions(Path(folder), models, dataset, split, config))
-        evaluating = seconds(lambda: evaluate.evaluate_runs([folder], dataset, split, say=lambda text: None))
-        stored = os.path.getsize(Path(folder, "predictions.h5ad")) / 1e9
-    watching.set()
-    watcher.join()
+    split.test = split.test[:conditions]
+    models = {"ptrag-0": ptrag.build_model(config, dataset, split).to(DEVICE)}
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    predicting = seconds(lambda: evaluate.write_predictions(folder, models, dataset, split, config))
+    evaluating = seconds(lambda: evaluate.evaluate_runs([str(folder)], dataset, split))
     cells = sum(min(config.max_cells, len(dataset.cells(*condition))) for condition in split.test)
-    return {"conditions": len(split.test), "cells": cells, "predicting": predicting, "evaluating": evaluating,
-            "memory": max(peak) - before, "stored": stored}
-
-
-def test_set_row(packed, conditions):
-    """The whole test set, a condition at a time."""
-    found = in_a_process(whole_test_set, packed=packed, conditions=conditions)
-    return row(f"predict and evaluate {found['conditions']:,} test conditions, {found['cells']:,} cells x {GENES}",
-               f"{found['predicting']:.0f} s + {found['evaluating']:.0f} s, {found['memory']:.2f} GB; "
-               f"the predictions are {found['stored']:.1f} GB",
-               "under 2 GB", found["memory"] < 2)
+    return cells, predicting, evaluating
 
 
 def data_rows(quick):
-    """Packing, looking into and drawing from files of the full shape (--quick: a fiftieth of the cells), made here; the test set."""
-    cells = CELLS // 50 if quick else CELLS
-    with tempfile.TemporaryDirectory() as folder:
-        path, packed, genept = (os.path.join(folder, name) for name in ("input.h5ad", "packed.h5", "embeddings.npz"))
-        names = np.array([f"GENE{number}" for number in range(PERTURBATIONS)])
-        np.savez(genept, genes=names, embeddings=np.random.default_rng(0).normal(size=(len(names), EMBEDDING)).astype(np.float32))
-        make_csr(path, cells)
-        rows = pack_rows(f"CSR {cells:,} x {ALL_GENES:,}", path, packed, genept)
-        make_dense(path, cells)
-        rows += pack_rows(f"dense {cells:,} x {GENES:,}", path, packed, genept)
-        rows += drawing_rows(packed, Training(make_model(DEFAULT), DEFAULT, make_batch(DEFAULT)))
-        return rows if quick else rows + [test_set_row(packed, 2500)]
+    path, packed, copy = map(Path, ("in.h5ad", "packed.h5", "copy"))
+    for kind in ("CSR", "dense"):
+        make_file(path, CELLS // 50 if quick else CELLS, kind == "CSR")
+        forget(path)
+        plain = seconds(lambda: (shutil.copyfile(path, copy), forget(copy)))
+        copy.unlink()
+        forget(path)
+        taken, cpu, peak, _ = watched(ROOT / "data.py", "pack", path, "--genept", "genept.npz", "-o", packed)
+        goal, met = ("45 s of CPU", cpu < 45) if kind == "CSR" else ("3 x a copy", taken < 3 * plain)
+        yield (f"pack {kind}, {path.stat().st_size / 1e9:.2f} GB -> {packed.stat().st_size / 1e9:.2f} GB",
+               f"{taken:.1f} s, {cpu:.1f} s of CPU, {taken / plain:.2f} x a copy; {peak:.2f} GB",
+               f"{goal}, 2 GB", None if quick else met and peak < 2)
+        info = watched(ROOT / "data.py", "info", path)[0]
+        yield f"info {kind}", f"{info:.2f} s", "under 2 s", info < 2
+    forget(packed)
+    cold, cached = (in_a_process(first_batch, path=str(packed))[0] for _ in range(2))
+    yield "first batch from the packed file", f"{cold:.2f} s, cached {cached:.2f} s", "under 2 s", cold < 2
+    sampler, train = sampler_of(data.load(packed)), training(DEFAULT, make_batch(DEFAULT))
+    forget(packed)
+    draw = np.median([seconds(lambda: sampler.draw(step, range(64))) for step in range(6)])
+    batches = data.prefetch(sampler, range(100, 108), range(64))
+    turns = [(seconds(train), seconds(lambda: next(batches))) for _ in range(7)]
+    working, waiting = np.sum(turns[1:], 0)
+    yield (f"draw a batch from disk, {draw:.3f} s: share of training spent waiting for data",
+           f"{waiting / (waiting + working):.1%}", "5 %", waiting < 0.05 * (waiting + working))
+    conditions = 10 if quick else 2500
+    (cells, *taken), peak = in_a_process(whole_test_set, path=str(packed), conditions=conditions)
+    shown, met = "{:.0f} s + {:.0f} s; {:.2f} GB".format(*taken, peak), sum(taken) < 360 and peak < 1
+    yield f"predict and evaluate {conditions:,} conditions, {cells:,} cells", shown, "6 minutes, 1 GB", met
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+def run_rows(quick):
+    """One command from counts to the report."""
+    make_file("in.h5ad", CELLS // 50 if quick else CELLS, sparse=True)
+    options = ["--data", "in.h5ad", "--genept", "genept.npz", "--method", "state-genept,ptrag"]
+    taken, _, peak, _ = watched(ROOT / "ptrag.py", *options, "--steps", 2 if quick else 2000)
+    yield "ptrag.py --data, two methods, 2,000 steps", f"{taken:.0f} s; {peak:.2f} GB", "3 GB", peak < 3
 
-PARTS = {"selection": selection_rows, "step": step_rows, "published": published_rows, "memory": memory_rows, "metrics": metric_rows,
-         "inference": inference_rows, "energy": energy_rows, "options": option_rows, "growth": growth_rows, "data": data_rows}
-MARKS = {True: "yes", False: "NO", None: ""}
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+PARTS = {"step": step_rows, "selection": selection_rows, "table": table_rows, "metrics": metric_rows,
+         "inference": inference_rows, "energy": energy_rows, "options": option_rows, "growth": growth_rows,
+         "groups": group_rows, "gpu": gpu_rows, "data": data_rows, "run": run_rows}
 
 
-def main(arguments=None):
-    """Measures what is asked for, prints each row as it is known, and writes all of them as JSON where asked."""
+def main():
+    """Measures what is asked for, prints each row as it is known, and writes all as JSON where asked."""
+    global DEVICE
     parser = argparse.ArgumentParser(description="Speed and memory of every part, as ratios within one run.")
-    parser.add_argument("--quick", action="store_true", help="smaller shapes and medians of three, under a minute")
+    parser.add_argument("--quick", action="store_true", help="smaller shapes and medians of three")
     parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join([*PARTS][:-2]), help=f"all, or some of {','.join(PARTS)}")
+    parser.add_argument("--device", type=torch.device, default=DEVICE, help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     parser.add_argument("--process", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    DEVICE, names = options.device, [*PARTS] if options.only == "all" else options.only.split(",")
     if options.process:
         asked = json.loads(options.process)
-        task = {task.__name__: task for task in (two_steps, step_memory, energy_memory, whole_test_set)}[asked.pop("task")]
-        print(json.dumps(task(**asked)))
-        return 0
-    if unknown := set(options.only.split(",")) - set(PARTS):
-        parser.error(f"--only {','.join(sorted(unknown))}: must be among {', '.join(PARTS)}")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'row':84} {'measured':72} {'goal':24} met")
-    rows = []
-    for name in options.only.split(","):
-        for found in PARTS[name](options.quick):
-            rows.append(found)
-            print(f"{found['row']:84} {found['measured']:72} {found['goal']:24} {MARKS[found['met']]}", flush=True)
-    if options.json:
-        ptrag.write_file(options.json, (json.dumps(rows, indent=1) + "\n").encode())
-    return 0
+        print("\n" + json.dumps(globals()[asked.pop("task")](**asked)))
+        return
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: must be among all,{','.join(PARTS)}")
+    print(f"{DEVICE}, {options.threads} threads, torch {torch.__version__}")
+    rows, line = [], "{:86} {:46} {:20} {}".format
+    print("goals are for full shapes" * options.quick, line("row", "measured", "goal", "met"), sep="\n")
+    with tempfile.TemporaryDirectory() as folder:
+        output, _ = options.json and Path(options.json).absolute(), os.chdir(folder)
+        for row in itertools.chain.from_iterable(PARTS[name](options.quick) for name in names):
+            rows.append(dict(zip(("row", "measured", "goal", "met"), row)))
+            print(line(*row[:3], {True: "yes", False: "NO", None: ""}[row[3]]), flush=True)
+        if output:
+            output.write_text(json.dumps(rows, indent=1, default=bool) + "\n")
+        os.chdir(ROOT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,507 +1,400 @@
 """Facts about the method: retrieval, selection, generator, distances, training."""
 import itertools
 import math
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL, small_model, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import data
 import ptrag
 
-SMALL = dict(hidden=16, layers=2, heads=2, head_dim=8, feed_forward=32, top_k=4, cells=8, sets=4, steps=5)
+every_method = pytest.mark.parametrize("method", ptrag.METHODS)
 
 
-def small_model(genes=20, perturbations=12, embedding_dim=10, seed=0, **options):
-    """An untrained model with random embeddings; perturbation 0, the control, has none."""
-    torch.manual_seed(seed)
-    embeddings = torch.randn(perturbations, embedding_dim)
-    embeddings[0] = 0
-    config = ptrag.Config(**{**SMALL, "method": "ptrag", **options})
-    return ptrag.PTRAG(config, genes, embeddings, torch.arange(1, perturbations), gem_groups=3).eval()
+@pytest.fixture(autouse=True)
+def the_same_random_numbers_in_any_order_of_tests():
+    torch.manual_seed(0)
 
 
-def random_sets(B=3, S=8, G=20, P=12, seed=1):
-    torch.manual_seed(seed)
+def random_sets(B=3, S=8, G=20, P=12):
+    """Control cells (B, S, G), perturbations (B,) and gem groups (B, S) for a small model."""
+    torch.manual_seed(1)
     return torch.rand(B, S, G) * 3, torch.randint(1, P, (B,)), torch.randint(0, 3, (B, S))
 
 
-# ------------------------------------------------------------------------------------------------------------ stage 1
+def pairs(B, S, K, h):
+    """Cells (B, S, h), queries (B, h) and candidates (B, K, h) for a selector."""
+    torch.manual_seed(B + S + K)
+    return torch.randn(B, S, h) + 0.5, torch.randn(B, h) - 0.3, torch.randn(B, K, h)
 
-def test_retrieval_orders_the_pool_by_cosine_similarity():
+
+# ---- Stage 1 ------------------------------------------------------------------------------------
+
+def test_retrieval_orders_the_pool_by_cosine_similarity_and_ties_go_to_the_lower_index():
     embeddings = torch.tensor([[0, 0], [1, 0], [10, 1], [1, 1], [0, 3], [-1, 0]], dtype=torch.float32)
     candidates, similarity = ptrag.retrieve(embeddings, torch.arange(1, 6), 3)
     assert candidates[1].tolist() == [2, 3, 4]
     assert similarity[1].tolist() == pytest.approx([10 / math.sqrt(101), 1 / math.sqrt(2), 0.0], abs=1e-6)
+    embeddings = torch.randn(1, 32).repeat(9, 1) * torch.arange(1, 10)[:, None]  # one direction, nine lengths
+    assert ptrag.retrieve(embeddings, torch.arange(9), 4)[0][[0, 8]].tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("how", ["nearest", "random", "least"])
-def test_a_query_is_never_its_own_candidate_and_genes_without_embedding_are_never_retrieved(how):
-    torch.manual_seed(0)
-    embeddings = torch.randn(30, 6)
-    embeddings[[0, 7, 8]] = 0
-    candidates, _ = ptrag.retrieve(embeddings, torch.arange(30), 20, how)
+def test_only_genes_of_the_pool_with_an_embedding_are_retrieved_never_the_query_itself(how):
+    embeddings, pool = torch.randn(30, 6), torch.arange(25)
+    embeddings[[0, 7, 8]] = 0  # 22 usable genes are left, 21 where one is the query
+    first, again, other = (ptrag.retrieve(embeddings, pool, 21, how, seed)[0] for seed in (3, 3, 4))
     for query in set(range(30)) - {0, 7, 8}:
-        assert query not in candidates[query]
-        assert not {0, 7, 8} & set(candidates[query].tolist())
-        assert len(set(candidates[query].tolist())) == 20
-    assert (candidates[[0, 7, 8]] == -1).all()                                                     # nothing to look up
+        assert len(set(first[query].tolist()) & set(range(25)) - {query, 0, 7, 8}) == 21
+    assert (first[[0, 7, 8]] == -1).all()  # nothing to look up
+    assert torch.equal(first, again) and torch.equal(first, other) == (how != "random")
+    if how == "least":  # the reverse order
+        assert torch.equal(first[:25], ptrag.retrieve(embeddings, pool, 21)[0][:25].flip(1))
+    with pytest.raises(ptrag.InputError, match="21 usable genes.*--top-k 22"):
+        ptrag.retrieve(embeddings, pool, 22, how)
+    with pytest.raises(ValueError, match="nearest, random or least"):
+        ptrag.retrieve(embeddings, pool, 2, how[1:])
 
 
-def test_ties_go_to_the_lower_index():
-    embeddings = torch.randn(1, 32).repeat(9, 1) * torch.arange(1, 10)[:, None]                     # one direction, nine lengths
-    candidates, _ = ptrag.retrieve(embeddings, torch.arange(9), 4)
-    assert candidates[0].tolist() == [1, 2, 3, 4] and candidates[8].tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize("share, count", [(0.01, 1), (0.5, 2), (0.6, 2), (0.9, 4), (1.0, 4)])
+def test_hard_negatives_replace_the_most_similar_candidates_by_the_least_similar_genes(share, count):
+    model, nearest = small_model(), small_model().candidates[1:]
+    model.retrieve_from(pool := model.pool, share)
+    candidates, least = model.candidates[1:], ptrag.retrieve(model.embeddings, pool, 4, "least")[0][1:]
+    assert torch.equal(candidates[:, count:], nearest[:, count:])
+    assert torch.equal(candidates[:, :count], least[:, :count])  # the most dissimilar first
+    cosine = F.cosine_similarity(model.embeddings[1:, None], model.embeddings[candidates], dim=-1)
+    assert torch.allclose(model.similarity[1:], cosine, atol=1e-6)
+    model.retrieve_from(pool[:5 + count], share)  # as small as it can be: 4 + count, and the query itself
+    assert all(len(set(row)) == 4 for row in [*candidates.tolist(), *model.candidates[1:].tolist()])
+    with pytest.raises(ptrag.InputError, match="--hard-negatives"):
+        model.retrieve_from(pool[:4 + count], share)
 
 
-def test_only_the_pool_is_retrieved_and_a_pool_that_is_too_small_says_so():
-    embeddings = torch.randn(10, 5)
-    candidates, _ = ptrag.retrieve(embeddings, torch.tensor([2, 4, 6]), 2)
-    assert set(candidates.flatten().tolist()) <= {2, 4, 6}
-    with pytest.raises(ptrag.InputError, match="2 usable genes.*--top-k 3"):
-        ptrag.retrieve(embeddings, torch.tensor([2, 4, 6]), 3)                                      # gene 2 itself cannot be its own
+# ---- Stage 2 ------------------------------------------------------------------------------------
 
-
-def test_random_candidates_depend_on_the_seed_alone_and_least_similar_is_the_reverse_order():
-    torch.manual_seed(0)
-    embeddings, pool = torch.randn(15, 6), torch.arange(15)
-    assert torch.equal(ptrag.retrieve(embeddings, pool, 5, "random", 3)[0], ptrag.retrieve(embeddings, pool, 5, "random", 3)[0])
-    assert not torch.equal(ptrag.retrieve(embeddings, pool, 5, "random", 3)[0], ptrag.retrieve(embeddings, pool, 5, "random", 4)[0])
-    assert torch.equal(ptrag.retrieve(embeddings, pool, 14, "least")[0], ptrag.retrieve(embeddings, pool, 14)[0].flip(1))
-
-
-# ------------------------------------------------------------------------------------------------------------ stage 2
-
-def plain_selection(selector, cell, query, candidate, retrieved, noise):
-    """Section 3.2 as it is written: every z_sk is built, normalised and mapped."""
-    B, S, h = cell.shape
-    K = candidate.shape[1]
-    z = torch.cat([cell[:, :, None].expand(B, S, K, h), query[:, None, None].expand(B, S, K, h), candidate[:, None].expand(B, S, K, h)], -1)
-    z = selector.norm(z)                                                                           # (B, S, K, 3h)
-    logits = selector.score_out(F.gelu(selector.score_in(z)))                                      # (B, S, K, 2)
-    logits = logits / torch.stack([one.std() for one in logits]).clamp(min=1e-6)[:, None, None, None]
+def plain_selection(selector, cell, query, candidate, noise):
+    """Section 3.2 as written: every z_sk is built, normalised, mapped; 0 or 1 with the soft gradient."""
+    shape = (*cell.shape[:2], candidate.shape[1], cell.shape[2])
+    parts = cell[:, :, None], query[:, None, None], candidate[:, None]
+    z = selector.norm(torch.cat([part.expand(shape) for part in parts], -1))  # (B, S, K, 3h)
+    logits = selector.score_out(F.gelu(selector.score_in(z)))  # (B, S, K, 2)
+    logits = torch.stack([of_set / of_set.std().clamp(min=1e-6) for of_set in logits])
     soft = torch.softmax((logits + noise) / selector.temperature, -1)
-    hard = F.one_hot(soft.argmax(-1), 2).float()
-    weights = (hard + soft - soft.detach())[..., 1] * retrieved[:, None, None]
-    return (weights[..., None] * selector.value(z)).sum(2), weights, logits
+    weights = (F.one_hot(soft.argmax(-1), 2).float() + soft - soft.detach())[..., 1]
+    return (weights[..., None] * selector.value(z)).sum(2), (weights, logits)
 
 
-@pytest.mark.parametrize("B, S, K, h", [(1, 1, 1, 4), (2, 5, 3, 8), (3, 16, 7, 32), (1, 64, 32, 128), (9, 64, 16, 64)])
+@pytest.mark.parametrize("B, S, K, h", [
+    (1, 1, 1, 4), (2, 5, 3, 8), (3, 16, 7, 32), (1, 64, 32, 128), (9, 64, 16, 64)])
 def test_separated_selection_equals_the_plain_form_in_value_and_gradient(B, S, K, h):
-    torch.manual_seed(B + S + K)
-    selector = ptrag.Selector(h).eval()
+    inputs, selector, outcome = pairs(B, S, K, h), ptrag.Selector(h).eval(), []
     torch.nn.init.normal_(selector.norm.weight, 1.0, 0.3)
     torch.nn.init.normal_(selector.norm.bias, 0.0, 0.3)
-    inputs = [torch.randn(B, S, h) + 0.5, torch.randn(B, h) - 0.3, torch.randn(B, K, h)]
-    retrieved, noise = torch.rand(B) < 0.8, ptrag.gumbel_noise((B, S, K, 2))
-    outcome = []
-    for form in ("separated", "plain"):
+    noise = ptrag.gumbel_noise((B, S, K, 2))
+    for form in (lambda *given: selector(*given, "sample", noise),
+                 lambda *given: plain_selection(selector, *given, noise)):
         leaves = [x.clone().requires_grad_() for x in inputs]
         selector.zero_grad()
-        if form == "separated":
-            context, (weights, logits, _) = selector(*leaves, retrieved, "sample", noise)
-        else:
-            context, weights, logits = plain_selection(selector, *leaves, retrieved, noise)
+        context, (weights, logits, *_) = form(*leaves)
         ((context * torch.linspace(-1, 1, h)).sum() + weights.abs().mean()).backward()
-        outcome.append([context, weights, logits, *(x.grad for x in leaves), *(w.grad for w in selector.parameters())])
+        outcome.append([context, weights, logits, *(x.grad for x in (*leaves, *selector.parameters()))])
     if S * K > 1:  # two logits alone have a gradient of rounding only
         for ours, oracle in zip(*outcome):
             assert (ours - oracle).abs().max() <= 2e-5 * oracle.abs().max().clamp(min=1e-3)
     assert torch.allclose(outcome[0][0], outcome[1][0], atol=1e-5)
 
 
-def test_straight_through_weights_are_zero_or_one_with_the_gradient_of_the_soft_weights():
-    torch.manual_seed(0)
-    logits, noise = torch.randn(50, 2, requires_grad=True), ptrag.gumbel_noise((50, 2))
-    hard = ptrag.straight_through(logits, 0.5, noise)
-    assert set(hard.tolist()) == {0.0, 1.0}
-    slope = torch.randn(50)
-    through, = torch.autograd.grad((hard * slope).sum(), logits)
-    soft = torch.softmax((logits + noise) / 0.5, -1)[:, 1]
-    expected, = torch.autograd.grad((soft * slope).sum(), logits)
-    assert torch.allclose(through, expected, atol=1e-6)
-    assert torch.equal(hard.bool(), soft > 0.5)
-
-
 def test_a_draw_selects_with_probability_sigmoid_of_the_difference_of_the_logits():
-    torch.manual_seed(0)
-    logits = torch.tensor([0.3, 1.1]).expand(200_000, 2)
-    share = ptrag.straight_through(logits, 0.5, ptrag.gumbel_noise(logits.shape)).mean().item()
-    p = 1 / (1 + math.exp(-0.8))
-    assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 200_000))
+    noise, p = ptrag.gumbel_noise((200_000, 2)), 1 / (1 + math.exp(-0.8))
+    assert noise.mean().item() == pytest.approx(0.57722, abs=4 * math.pi / math.sqrt(6 * 400_000))
+    weights = ptrag.straight_through(torch.tensor([0.3, 1.1]).expand(200_000, 2), 0.5, noise)
+    assert weights.mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 200_000))
+    assert weights.unique().tolist() == [0, 1]
 
 
-def test_expected_selection_is_the_mean_of_the_draws_and_threshold_the_likelier_outcome():
-    torch.manual_seed(0)
-    selector = ptrag.Selector(8).eval()
-    cell, query, candidate = torch.randn(1, 3, 8), torch.randn(1, 8), torch.randn(1, 4, 8)
-    draws = [selector(cell, query, candidate, select="sample") for _ in range(3000)]
-    expected, chosen = selector(cell, query, candidate, select="expected")
-    mean = torch.stack([context for context, _ in draws]).mean(0)
-    assert torch.allclose(mean, expected, atol=0.1)
-    assert torch.allclose(torch.stack([s.weights for _, s in draws]).mean(0), chosen.probability, atol=4 * 0.5 / math.sqrt(3000))
-    _, threshold = selector(cell, query, candidate, select="threshold")
-    assert torch.equal(threshold.weights.bool(), chosen.probability > 0.5)
+def test_a_selector_draws_in_training_else_weighs_by_the_mean_of_draws_and_never_under_12_percent():
+    inputs, selector = pairs(1, 3, 4, 8), ptrag.Selector(8)
+    assert (selector.temperature, selector.dropout) == (0.5, 0.1)
+    assert selector(*inputs)[1].weights.unique().tolist() == [0, 1]
+    expected, chosen = selector.eval()(*inputs)
+    assert torch.equal(chosen.weights, chosen.probability)
+    assert torch.equal(expected, selector(*inputs, select="expected")[0])
+    contexts, drawn = selector(*(part.repeat_interleave(3000, 0) for part in inputs), select="sample")
+    assert torch.allclose(contexts.mean(0), expected, atol=0.1)
+    assert torch.allclose(drawn.weights.mean(0), chosen.probability, atol=4 * 0.5 / math.sqrt(3000))
+    assert torch.equal(selector(*inputs, select="threshold")[1].weights, (chosen.probability > 0.5).float())
+    with pytest.raises(ValueError, match="threshold"):
+        selector(*inputs, select="expcted")
+    torch.nn.init.normal_(selector.score_out.weight, std=1e-4)
+    selector.score_out.bias.data = torch.tensor([50.0, -50.0])  # as sure as can be: use none
+    least = selector(*pairs(1, 40, 6, 8))[1].probability.mean().item()
+    assert least == pytest.approx(1 / (1 + math.exp(2)), rel=5e-3)  # never below 12 %
 
 
-def test_a_selector_draws_in_training_and_weighs_by_probability_otherwise():
-    torch.manual_seed(0)
-    selector = ptrag.Selector(8)
-    inputs = torch.randn(2, 6, 8), torch.randn(2, 8), torch.randn(2, 4, 8)
-    assert set(selector(*inputs)[1].weights.unique().tolist()) == {0, 1}
-    context, selection = selector.eval()(*inputs)
-    assert torch.equal(selection.weights, selection.probability) and torch.equal(context, selector(*inputs, select="expected")[0])
-    with pytest.raises(ValueError, match="dropout 1.0"):
-        ptrag.Selector(8, dropout=1.0)
+@pytest.mark.parametrize("options", [dict(method="vanilla-rag"), {}, dict(select="all")], ids=str)
+def test_the_control_has_no_candidate_and_no_context_and_keep_query_adds_cell_and_query(options):
+    seen, control, queries = [], random_sets()[0], torch.tensor([0, 1, 0])
+    for model in (small_model(**options), small_model(keep_query=True, **options)):
+        model.generator.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        _, selection = model(control, queries)
+        for used in (selection.weights, selection.probability) if selection else ():
+            assert (used[[0, 2]] == 0).all() and (used[1] > 0).all()
+    assert (seen[0][[0, 2]] == 0).all() and (seen[0][1] != 0).any()
+    query = model.perturbation_encoder(model.embeddings[queries])[:, None]
+    assert torch.allclose(seen[1] - seen[0], model.cell_encoder(control) + query, atol=1e-5)
 
 
-def test_bfloat16_inputs_have_the_deviation_of_their_values():
-    torch.manual_seed(0)
-    parts = [(torch.randn(shape) + 3).bfloat16() for shape in ((2, 5, 32), (2, 32), (2, 4, 32))]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scale = ptrag.Selector(32).inverse_deviation(*parts)
-    cell, query, candidate = (part.double() for part in parts)
-    joined = torch.cat([part.expand(2, 5, 4, 32) for part in (cell[:, :, None], query[:, None, None], candidate[:, None])], -1)
-    assert torch.allclose(scale.double(), 1 / joined.std(-1, correction=0), rtol=1e-4)
-
-
-def test_the_penalty_pushes_out_selected_candidates_only():
-    weights = torch.tensor([0.0, 1.0, 1.0, 0.0], requires_grad=True)
-    weights.abs().mean().backward()
-    assert weights.grad.tolist() == [0, 0.25, 0.25, 0]
-
-
-def test_the_control_as_a_query_uses_no_candidate_and_has_no_context():
-    for method in ("ptrag", "vanilla-rag"):
-        model, seen = small_model(method=method), []
-        model.generator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        control, _, _ = random_sets()
-        model(control, torch.tensor([0, 1, 0]))
-        assert (seen[0][[0, 2]] == 0).all() and (seen[0][1] != 0).any()
-
-
-def test_keep_query_adds_cell_and_query_to_the_context():
-    control, perturbation, _ = random_sets()
-    inputs = []
-    for keep_query in (False, True):
-        model = small_model(keep_query=keep_query)
-        model.generator.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-        model(control, perturbation)
-    query = model.perturbation_encoder(model.embeddings[perturbation])[:, None]
-    assert torch.allclose(inputs[1] - inputs[0], model.cell_encoder(control) + query, atol=1e-5)
+@pytest.mark.parametrize("method, select", [("ptrag", "all"), ("ptrag-expected", "sample")])
+def test_all_candidates_or_their_probabilities_are_used_and_nothing_drawn_at_both_times(method, select):
+    model, inputs = small_model(dropout=0.0, method=method, select=select), random_sets()
+    predictions, selections = zip(model(*inputs), model.train()(*inputs), model(*inputs))
+    assert all(torch.equal(prediction, predictions[0]) for prediction in predictions)
+    assert all(torch.equal(selection.weights, selections[0].probability) for selection in selections)
+    used = selections[0].weights.unique()
+    assert used.tolist() == [1] if select == "all" else len(used) > 2 and used.max() < 1
+    trained = {weight.requires_grad for name, weight in model.selector.named_parameters() if "score" in name}
+    assert trained == {select != "all"}  # nothing scores, so nothing to train
 
 
 def test_dropout_keeps_the_share_it_says_and_the_mean():
-    torch.manual_seed(0)
     for p in (0.1, 0.5, 0.9):
-        kept = torch.stack([ptrag.dropout_mask((50, 49), p, None) for _ in range(400)])
-        assert set(kept.unique().tolist()) == {0, 1}
-        assert kept.float().mean().item() == pytest.approx(1 - p, abs=1e-3)                       # 26/256, the nearest to 0.1, is too far
-    selector = ptrag.Selector(16, dropout=0.5)
-    cell, query, candidate = torch.randn(1, 3, 16), torch.randn(1, 16), torch.randn(1, 4, 16)
-    parts = torch.randn(1, 3, 16), torch.randn(1, 4, 16), torch.rand(1, 3, 4), torch.randn(16)
-    noisy = torch.stack([selector.train().score(*parts) for _ in range(2000)])
-    assert (noisy.std(0) > 0).all()
-    assert torch.allclose(noisy.mean(0), selector.eval().score(*parts), atol=0.05)
+        kept = torch.stack([ptrag.dropout_mask((50, 49), p) for _ in range(400)])
+        assert kept.unique().tolist() == [0, 1]
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=1e-3)  # 26/256 is too far from 0.1
+    selector, inputs = ptrag.Selector(16, dropout=0.5), (*pairs(1, 3, 4, 16), torch.rand(1, 3, 4))
+    noisy, plain = (selector.train(mode).score(*(part.repeat_interleave(2000, 0) for part in inputs))
+                    for mode in (True, False))
+    assert (noisy.std(0) > 0).all() and torch.allclose(noisy.mean(0), plain[0], atol=0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- generator
+# ---- Generator ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", ptrag.METHODS)
-def test_permuting_the_cells_of_a_set_permutes_the_output_and_nothing_else(method):
-    model = small_model(method=method, batch_covariate=True)
-    control, perturbation, gem_group = random_sets()
-    order = torch.randperm(8)
-    prediction, _ = model(control, perturbation, gem_group)
-    permuted, _ = model(control[:, order], perturbation, gem_group[:, order])
-    assert torch.allclose(prediction[:, order], permuted, atol=1e-5)
-
-
-@pytest.mark.parametrize("option", ["causal", "rotary"])
-def test_causal_and_rotary_do_depend_on_the_order(option):
-    model = small_model(**{option: True})
-    control, perturbation, _ = random_sets()
-    torch.nn.init.normal_(model.generator.blocks[0].qkv.weight, std=1.0)
-    torch.nn.init.normal_(model.generator.blocks[0].attention_out.weight, std=1.0)
-    order = torch.arange(7, -1, -1)
-    assert not torch.allclose(model(control, perturbation)[0][:, order], model(control[:, order], perturbation)[0], atol=1e-3)
-
-
-@pytest.mark.parametrize("method", ptrag.METHODS)
-def test_the_prediction_of_a_set_is_the_same_alone_and_in_any_batch(method):
-    model = small_model(method=method)
-    control, perturbation, _ = random_sets(B=5)
-    together, _ = model(control, perturbation)
+@pytest.mark.parametrize("option", ["batch_covariate", "causal", "rotary"])
+@every_method
+def test_order_of_cells_permutes_output_unless_causal_or_rotary_and_other_sets_never_matter(method, option):
+    model, inputs = small_model(method=method, **{option: True}), random_sets(B=5)
+    for weight in model.generator.blocks[0].qkv.weight, model.generator.blocks[0].attention_out.weight:
+        torch.nn.init.normal_(weight)
+    one_hot = torch.eye(12) * (torch.arange(12) > 0)  # state knows genes by number only; the control is zero
+    assert torch.equal(model.embeddings, one_hot) if method == "state" else model.embeddings.shape == (12, 10)
+    prediction, selection = model(*inputs)
+    assert prediction.shape == inputs[0].shape and (selection is None) != method.startswith("ptrag")
+    difference = (model(inputs[0].flip(1), inputs[1], inputs[2].flip(1))[0] - prediction.flip(1)).abs().max()
+    assert difference <= 1e-5 if option == "batch_covariate" else difference > 1e-3
     for i in range(5):
-        alone, _ = model(control[i:i + 1], perturbation[i:i + 1])
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
+        assert torch.allclose(model(*(x[i:i + 1] for x in inputs))[0], prediction[i:i + 1], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ptrag.METHODS)
-def test_bfloat16_changes_predictions_and_gradients_by_its_rounding_only(method):
-    model, (control, perturbation, _) = small_model(method=method, hidden=64, dropout=0.0).train(), random_sets(B=4, S=16)
-    noise, outcome = ptrag.gumbel_noise((4, 16, 4, 2)), []
+@every_method
+def test_bfloat16_changes_values_and_gradients_by_its_rounding_only_and_selects_as_float32_would(method):
+    model, (control, perturbation, _) = small_model(method=method, hidden=64, dropout=0.0), random_sets(4, 16)
+    noise, outcome, seen = ptrag.gumbel_noise((4, 16, 4, 2)), [], []
+    if method.startswith("ptrag"):
+        model.selector.register_forward_hook(lambda module, given, result: seen.append((given, result)))
     for enabled in (False, True):
-        model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        model.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             prediction, _ = model(control, perturbation, None, noise)
         ptrag.energy_distance(prediction.float(), control.flip(0)).mean().backward()
-        outcome.append([prediction.float(), *(w.grad for w in (model.output.weight, model.cell_encoder.weight))])
+        outcome.append([prediction.float(), model.output.weight.grad, model.cell_encoder.weight.grad])
     for exact, rounded in zip(*outcome):
-        assert (exact - rounded).norm() <= 0.03 * exact.norm()
-    assert not torch.equal(outcome[0][0], outcome[1][0])
+        assert 0 < (exact - rounded).norm() <= 0.03 * exact.norm()
+    for given, (context, selection) in seen[1:2]:
+        again, again_selection = model.selector(*given)
+        assert all(map(torch.equal, (context, *selection), (again, *again_selection)))
 
 
-def test_frozen_generator_and_output_layer_do_not_train_and_the_rest_does():
-    model = small_model(freeze_generator=True).train()
-    control, perturbation, _ = random_sets()
-    model(control, perturbation)[0].sum().backward()
-    trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is not None}
-    assert trained == {"cell_encoder", "perturbation_encoder", "selector"}
-    assert all(weight.grad is None for module in (model.generator, model.output) for weight in module.parameters())
+# ---- Distances ----------------------------------------------------------------------------------
 
-
-def test_state_knows_perturbations_by_number_only_and_state_genept_by_embedding():
-    one_hot, genept = small_model(method="state"), small_model(method="state-genept")
-    assert torch.equal(one_hot.embeddings[1:], torch.eye(12)[1:]) and (one_hot.embeddings[0] == 0).all()
-    assert genept.embeddings.shape == (12, 10)
-
-
-# ----------------------------------------------------------------------------------------------------------- distances
-
-def test_energy_distance_is_the_double_sum_over_all_pairs():
-    torch.manual_seed(0)
-    x, y = torch.randn(2, 5, 7), torch.randn(2, 9, 7) + 1
-    distance = lambda a, b: sum(math.dist(i, j) for i in a.tolist() for j in b.tolist()) / (len(a) * len(b))
+def test_energy_distance_is_the_double_sum_over_all_pairs_its_gradient_that_of_the_predicted_cells():
+    x, y = (torch.randn(2, n, 7, dtype=torch.float64, requires_grad=True) for n in (5, 9))
+    distance = lambda a, b: np.mean([math.dist(i, j) for i in a.tolist() for j in b.tolist()])  # noqa: E731
     expected = [distance(a, b) - distance(a, a) / 2 - distance(b, b) / 2 for a, b in zip(x, y)]
-    assert ptrag.energy_distance(x, y).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_identical_clouds_have_zero_energy_distance_and_finite_gradients():
-    torch.manual_seed(0)
-    for scale in (1e-3, 1.0, 1e3):
+    assert ptrag.energy_distance(x, y).tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.autograd.gradcheck(lambda a: ptrag.energy_distance(a, y.detach()), x)
+    assert not ptrag.energy_distance(x.detach(), y).requires_grad
+    for scale in (1e-3, 1.0, 1e3):  # identical clouds
         y = torch.rand(2, 16, 50) * scale
-        x = y.clone().requires_grad_()
-        energy = ptrag.energy_distance(x, y)
+        energy = ptrag.energy_distance(x := y.clone().requires_grad_(), y)
         energy.sum().backward()
         assert energy.abs().max() <= 1e-6 * scale and torch.isfinite(x.grad).all()
 
 
-def test_distances_to_a_cloud_that_is_not_a_number_are_not_numbers():
-    x, y = torch.full((1, 4, 3), math.nan), torch.randn(1, 5, 3)
-    assert ptrag.energy_distance(x, y).isnan().all() and ptrag.wasserstein_1d(x[..., 0], y[..., 0]).isnan().all()
-    with pytest.raises(RuntimeError):
-        ptrag.wasserstein(x, y, max_rounds=2)
-
-
-def test_gradient_of_the_energy_distance_is_that_of_the_plain_formula():
-    torch.manual_seed(0)
-    x, y = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True), torch.randn(1, 8, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda a: ptrag.energy_distance(a, y), x)
-
-
-def test_one_dimensional_wasserstein_of_shifted_and_scaled_samples():
-    torch.manual_seed(0)
-    x = torch.randn(4, 50, dtype=torch.float64)
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 7), (3, 4), (6, 9), (10, 4), (50, 50), (100, 37)])
+def test_one_dimensional_wasserstein_of_shifted_and_scaled_samples_and_of_unequal_counts(n, m):
+    x, y = (torch.randn(count, dtype=torch.float64) for count in (n, m))
+    repeated = [cloud.sort()[0].repeat_interleave(math.lcm(n, m) // len(cloud)) for cloud in (x, y)]
     for p in (1, 2):
-        assert torch.allclose(ptrag.wasserstein_1d(x, x + 3, p), torch.full((4,), 3.0, dtype=torch.float64))
-        assert torch.allclose(ptrag.wasserstein_1d(x, 2 * x, p), (x.abs()**p).mean(1) ** (1 / p))
-        assert torch.equal(ptrag.wasserstein_1d(x, x[:, torch.randperm(50)], p), torch.zeros(4, dtype=torch.float64))
+        cases = {(x, y): torch.dist(*repeated, p) / math.lcm(n, m) ** (1 / p), (x, x + 3): 3,
+                 (x, 2 * x): x.norm(p) / n ** (1 / p), (x, x[torch.randperm(n)]): 0}
+        for clouds, expected in cases.items():
+            assert ptrag.wasserstein_1d(*clouds, p).item() == pytest.approx(float(expected), rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("n, m", [(1, 1), (1, 7), (3, 4), (6, 9), (10, 4), (100, 37)])
-def test_one_dimensional_wasserstein_of_unequal_counts_equals_that_of_repeated_points(n, m):
-    torch.manual_seed(n * m)
-    x, y = torch.randn(n, dtype=torch.float64), torch.randn(m, dtype=torch.float64)
-    both = math.lcm(n, m)
-    for p in (1, 2):
-        repeated = ((x.sort()[0].repeat_interleave(both // n) - y.sort()[0].repeat_interleave(both // m)).abs()**p).mean() ** (1 / p)
-        assert ptrag.wasserstein_1d(x, y, p).item() == pytest.approx(repeated.item(), rel=1e-12)
-
-
-def test_sliced_wasserstein_of_a_translation_is_within_its_stated_error_of_the_closed_form():
-    torch.manual_seed(0)
-    x, shift, d = torch.randn(1, 40, 10, dtype=torch.float64), torch.linspace(0, 1, 10, dtype=torch.float64), 10
-    mean_cosine = math.gamma(d / 2) / (math.sqrt(math.pi) * math.gamma((d + 1) / 2))               # E|<unit vector, random direction>|
-    for p, expected in ((1, shift.norm() * mean_cosine), (2, shift.norm() / math.sqrt(d))):
+def test_sliced_wasserstein_is_within_its_stated_error_of_the_closed_form():
+    x, shift = torch.randn(1, 40, 10, dtype=torch.float64), torch.linspace(0, 1, 10, dtype=torch.float64)
+    cosine = math.gamma(5) / (math.sqrt(math.pi) * math.gamma(5.5))  # mean |cosine| with a direction in ten
+    for p, expected in ((1, shift.norm() * cosine), (2, shift.norm() / math.sqrt(10))):  # of a translation
         value, error = ptrag.sliced_wasserstein(x, x + shift, p, directions=2000)
-        assert 0 < error < 0.05 * value
-        assert abs(value - expected) < 4 * error
-
-
-def test_sliced_wasserstein_of_two_gaussians_is_within_its_stated_error_of_the_closed_form():
-    torch.manual_seed(0)
-    x, y = torch.randn(1, 20_000, 5), 2 * torch.randn(1, 20_000, 5)                                 # along each direction W2 = |2 - 1|
+        assert 0 < error < 0.05 * value and abs(value - expected) < 4 * error
+    x, y = torch.randn(1, 20_000, 5), 2 * torch.randn(1, 20_000, 5)  # along each direction W2 = |2 - 1|
     value, error = ptrag.sliced_wasserstein(x, y, 2, directions=64)
-    sampling = 2 * 2 / math.sqrt(20_000)
-    assert abs(value - 1) < 4 * error + sampling
-
-
-def best_assignment(cost):
-    """Optimal transport of equal counts by trying every assignment."""
-    return min(sum(row[j] for row, j in zip(cost, order)) for order in itertools.permutations(range(len(cost)))) / len(cost)
+    assert abs(value - 1) < 4 * error + 2 * 2 / math.sqrt(20_000)  # of the samples
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("n, m, d", [(1, 1, 3), (5, 5, 2), (7, 7, 50), (2, 6, 3), (3, 6, 1), (3, 2, 10)])
 def test_wasserstein_is_within_two_permille_of_the_best_assignment(n, m, d, p):
-    torch.manual_seed(10 * n + m)
     x, y = torch.randn(3, n, d, dtype=torch.float64), torch.randn(3, m, d, dtype=torch.float64) + 0.5
-    both = math.lcm(n, m)
-    found = ptrag.wasserstein(x, y, p)
+    found, both = ptrag.wasserstein(x, y, p), math.lcm(n, m)
     for i in range(3 if both < 7 else 1):
         cost = torch.cdist(x[i].repeat_interleave(both // n, 0), y[i].repeat_interleave(both // m, 0)) ** p
-        assert found[i].item() == pytest.approx(best_assignment(cost.tolist()) ** (1 / p), rel=2e-3)
+        orders = torch.tensor([*itertools.permutations(range(both))])
+        best = cost[torch.arange(both), orders].mean(1).min() ** (1 / p)
+        assert found[i].item() == pytest.approx(best.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("size", [0.1, 2.0, 20.0])
-def test_wasserstein_between_translated_clouds_is_the_length_of_the_translation(size, p):
-    torch.manual_seed(0)
-    x = torch.randn(1, 100, 50) * torch.linspace(3, 0.3, 50)
-    shift = F.normalize(torch.randn(50), dim=0) * size
-    assert ptrag.wasserstein(x, x + shift, p).item() == pytest.approx(size, rel=2e-3)
-
-
-def test_wasserstein_in_one_dimension_agrees_with_the_exact_one_and_is_zero_between_identical_clouds():
-    torch.manual_seed(0)
-    x, y = torch.randn(1, 30, 1), torch.randn(1, 45, 1) * 1.5 + 0.3
-    for p in (1, 2):
-        assert ptrag.wasserstein(x, y, p).item() == pytest.approx(ptrag.wasserstein_1d(x[..., 0], y[..., 0], p).item(), rel=2e-3)
+def test_wasserstein_of_translated_identical_and_onedimensional_clouds_and_nan_where_it_does_not_close(p):
+    x, direction = torch.randn(1, 100, 50) * torch.linspace(3, 0.3, 50), F.normalize(torch.randn(50), dim=0)
+    for size in (0.1, 2.0, 20.0):
+        assert ptrag.wasserstein(x, x + size * direction, p).item() == pytest.approx(size, rel=2e-3)
     assert ptrag.wasserstein(x, x.clone(), 1).item() < 1e-5
+    x, y = torch.randn(3, 30, 1), torch.randn(3, 45, 1) * 1.5 + 0.3
+    x[0], y[0], x[1] = 0, 1, math.nan  # one step closes the first
+    exact, found = ptrag.wasserstein_1d(x[..., 0], y[..., 0], p), ptrag.wasserstein(x, y, p)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=2e-3, nan_ok=True)
+    assert found.isnan().tolist() == ptrag.energy_distance(x, y).isnan().tolist() == [False, True, False]
+    found = ptrag.wasserstein(x, y, p, max_rounds=1)
+    assert found.tolist() == pytest.approx([1, math.nan, math.nan], nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------- training, prediction
+# ---- Training -----------------------------------------------------------------------------------
 
-def run_training(tmp_path, dataset, split, method="ptrag", **options):
-    config = ptrag.Config(**{**SMALL, "method": method, "validate_every": 5, **options})
-    return config, ptrag.train_all(config, tmp_path, dataset, split)[method, config.seed]
-
-
-@pytest.fixture(scope="module")
-def simulated():
-    dataset = data.simulate(seed=3, cell_lines=2, perturbations=16, genes=40, cells=20, controls=60, embedding_dim=12, programs=4)
-    return dataset, data.split(dataset, "perturbation:0", 0)
+def trained(folder, dataset, rule, **options):
+    """Split, configuration and trained model of PT-RAG."""
+    split, config = data.split(dataset, rule, 0), ptrag.Config(**{**SMALL, "method": "ptrag", **options})
+    return split, config, ptrag.train_all(config, folder, dataset, split)[f"ptrag-{config.seed}"]
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_gives_others(tmp_path, simulated):
-    weights = []
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        (tmp_path / folder).mkdir()
-        weights.append(run_training(tmp_path / folder, *simulated, top_k=3, seed=seed)[1].state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+def drawn(dataset, conditions, sets, **options):
+    """A batch, what of it a model is given, and the real cells."""
+    batch = data.SetSampler(dataset, conditions, 8, 1, **options).draw(0, range(sets))
+    inputs = map(torch.from_numpy, (batch.control, batch.perturbation, batch.gem_group))
+    return batch, [*inputs], torch.from_numpy(batch.target)
+
+
+@pytest.mark.parametrize("group_cells", [1, 16, 24, 0])
+@pytest.mark.parametrize("options", [*({"method": m} for m in ptrag.METHODS), dict(freeze_generator=True)])
+def test_gradients_added_up_over_groups_are_those_of_the_batch(options, group_cells, simulated, monkeypatch):
+    monkeypatch.setattr(ptrag, "gumbel_noise", lambda shape, device: torch.zeros(shape))
+    model = small_model(30, 15, dropout=0.0, batch_covariate=True, **options).train()
+    batch, inputs, target = drawn(simulated, simulated.conditions(), 5)
+    prediction, selection = model(*inputs)
+    energy = ptrag.energy_distance(prediction, target)
+    weights = selection.weights if selection else torch.zeros(1)
+    (energy.mean() + 2.0 * weights[weights > 0].sum() / weights.numel()).backward()  # pushes out the selected
+    expected = {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+    frozen = {name.split(".")[0] for name, _ in model.named_parameters() if name not in expected}
+    assert frozen == ({"generator", "output"} if model.config.freeze_generator else set())
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    before = model.cell_encoder.weight.clone()
+    config = replace(model.config, group_cells=group_cells, sparsity=2.0, clip=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    step, = ptrag.train(model, optimizer, [batch], [], config, ptrag.Progress())
+    assert torch.allclose(step.energy, energy, atol=1e-6) and torch.allclose(step.sparsity, weights.mean())
+    assert step.norm.item() == pytest.approx(norm.item(), rel=1e-5) and norm > 1e-3  # before it is clipped
+    for name, gradient in expected.items():
+        assert (model.get_parameter(name).grad - gradient * 1e-3 / norm).abs().max() <= 1e-7, name
+    assert torch.allclose(model.cell_encoder.weight, before - 10 * model.cell_encoder.weight.grad)
+
+
+def test_a_group_fits_the_cache_or_is_as_asked_for_and_draws_by_seed_step_and_its_first_set(simulated):
+    for options, device, count in [(dict(feed_forward=2784), "cpu", 5), (dict(group_cells=1), "cpu", 1),
+                                   (dict(group_cells=576), "cuda", 9), ({}, "cuda", 12)]:
+        groups = ptrag.groups_of_sets(ptrag.Config(**options), 12, torch.device(device))
+        assert groups == [slice(first, min(first + count, 12)) for first in range(0, 12, count)]
+    model, seen = small_model(30, 15), []
+    model.selector.register_forward_hook(lambda module, given, result: seen.append(result[1].weights))
+    batch, inputs, _ = drawn(simulated, simulated.conditions(), 5)
+    config, still = replace(model.config, seed=7, group_cells=16), torch.optim.SGD(model.parameters(), lr=0.0)
+    next(ptrag.train(model, still, [batch], [], config, ptrag.Progress(step=2)))
+    for first, weights in zip((0, 2, 4), tuple(seen), strict=True):
+        ptrag.seed_torch(7, 3, first)
+        model(*(x[first:first + 2] for x in inputs))
+        assert torch.equal(seen[-1], weights)
+
+
+def test_equal_seeds_give_equal_best_weights_and_test_pool_the_candidates_at_test_time(tmp_path, simulated):
+    options, runs = dict(top_k=3, steps=12, validate_every=3, lr=0.05, group_cells=24), []
+    for name, changed in {"a": dict(seed=1), "b": dict(seed=1, test_pool="full"), "c": dict(seed=2)}.items():
+        (tmp_path / name).mkdir()
+        runs.append(trained(tmp_path / name, simulated, "perturbation:0", **options, **changed))
+    (split, _, model), (_, _, full), (_, _, other) = runs
+    same = [[*map(torch.equal, model.parameters(), another.parameters())] for another in (full, other)]
+    assert all(same[0]) and not any(same[1])
+    assert set(model.pool.tolist()) == {p for _, p in split.train} and full.pool.tolist() == [*range(1, 15)]
+    assert torch.equal(full.candidates, ptrag.retrieve(full.embeddings, full.pool, 3)[0])
+    _, inputs, target = drawn(simulated, split.validation, 4, controls_too=False)
+    energy = ptrag.energy_distance(model.eval()(*inputs)[0], target).mean().item()
+    validated = [row for row in table(tmp_path / "a" / "log.csv") if row["validation"]]
+    assert [row["step"] for row in validated] == ["3", "6", "9", "12"]
+    assert min(float(row["validation"]) for row in validated) == pytest.approx(energy, rel=1e-6)
 
 
 def test_the_loss_falls_and_ptrag_beats_no_change_on_simulated_data(tmp_path):
-    dataset = data.simulate(seed=0, cell_lines=3, perturbations=40, genes=100, cells=40, controls=150)
-    split = data.split(dataset, "cell-line:simC", 0)
-    config, model = run_training(tmp_path, dataset, split, hidden=64, layers=1, head_dim=16, feed_forward=64, top_k=8, cells=32, sets=16,
-                                 steps=400, lr=2e-3, validate_every=50)
-    loss = [float(line.split(",")[3]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    dataset = data.simulate(0, 3, perturbations=40, genes=100, cells=40, controls=150)
+    split, config, model = trained(
+        tmp_path, dataset, "cell-line:simC", hidden=64, layers=1, head_dim=16, feed_forward=64, top_k=8,
+        cells=32, sets=16, steps=300, lr=2e-3, validate_every=50)
+    loss, energies = [float(row["loss"]) for row in table(tmp_path / "log.csv")], []
     assert np.mean(loss[-20:]) < 0.5 * np.mean(loss[:5])
-    predicted, unchanged = [], []
-    for (line, p), rows, prediction in ptrag.predict_conditions(model, dataset, split.test, config):
-        real = torch.from_numpy(dataset.expression[dataset.cells(line, p)])[None]
-        predicted.append(ptrag.energy_distance(torch.from_numpy(prediction.cells)[None], real).item())
-        unchanged.append(ptrag.energy_distance(torch.from_numpy(dataset.expression[rows])[None], real).item())
-    assert np.mean(predicted) < np.mean(unchanged)
+    for condition, rows, prediction in ptrag.predict_conditions(model, dataset, split.test, config):
+        clouds = prediction.cells, dataset.expression[rows], dataset.expression[dataset.cells(*condition)]
+        predicted, unchanged, real = (torch.from_numpy(cloud)[None] for cloud in clouds)
+        energies.append([ptrag.energy_distance(cloud, real).item() for cloud in (predicted, unchanged)])
+    assert np.less(*np.mean(energies, 0))
+    (condition, rows, alone), = ptrag.predict_conditions(model, dataset, [condition], config)
+    assert condition == split.test[-1] and len(rows) == len(alone.cells) == len(dataset.cells(*condition))
+    assert np.allclose(alone.cells, prediction.cells, atol=1e-5)  # predicted alike alone and among others
 
 
-def test_the_best_validated_weights_are_kept(tmp_path, simulated):
-    config, model = run_training(tmp_path, *simulated, top_k=3, steps=12, validate_every=3, lr=0.05)
-    measured = [float(line.split(",")[6]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
-    held_out = data.SetSampler(simulated[0], simulated[1].validation, config.cells, config.seed, controls_too=False)
-    batches = [held_out.draw(i, range(config.sets)) for i in range(1)]
-    run = ptrag.Run(tmp_path, config, torch.device("cpu"), ([], []))
-    assert ptrag.validate(model, batches, run) == pytest.approx(np.nanmin(measured), rel=1e-6)
-
-
-def test_a_condition_is_predicted_alike_alone_and_among_others(tmp_path, simulated):
-    dataset, split = simulated
-    config, model = run_training(tmp_path, dataset, split, top_k=3)
-    together = {condition: prediction.cells for condition, _, prediction in ptrag.predict_conditions(model, dataset, split.test, config)}
-    assert list(together) == list(split.test)
-    condition, rows, prediction = next(iter(ptrag.predict_conditions(model, dataset, split.test[3:4], config)))
-    assert len(rows) == len(prediction.cells) == len(dataset.cells(*condition))
-    assert np.allclose(together[condition], prediction.cells, atol=1e-5)
-
-
-def test_the_last_set_of_a_prediction_is_filled_up_from_the_first_cells():
+def test_the_last_set_of_a_prediction_is_filled_up_from_the_first_cells_and_groups_change_nothing():
     model, control = small_model(), np.random.default_rng(0).random((5, 20), np.float32)
     whole = ptrag.predict(model, control[[0, 1, 2, 3, 4, 0, 1, 2]], 1, set_size=4).cells
-    assert np.array_equal(ptrag.predict(model, control, 1, set_size=4).cells, whole[:5])
-    assert not np.array_equal(whole[:3], whole[5:])                                                # cells of a set see each other
+    for model.config.group_cells in (0, 4):
+        cells, probability = ptrag.predict(model, control, 1, set_size=4)
+        assert np.allclose(cells, whole[:5], atol=1e-6) and probability.shape == (5, 4)
+    assert not np.array_equal(whole[:3], whole[5:])  # cells of a set see each other
 
 
-def test_a_gene_taught_after_training_is_predicted_like_the_known_gene_with_its_embedding(tmp_path, simulated):
-    dataset, split = simulated
-    _, model = run_training(tmp_path, dataset, split, method="state-genept")
-    control = dataset.expression[dataset.cells(0, 0)[:10]]
-    known = model.perturbations[5]
-    ptrag.add_perturbations(model, ["NEW"], model.embeddings[5:6].numpy())
-    assert np.array_equal(ptrag.predict(model, control, "NEW").cells, ptrag.predict(model, control, known).cells)
+def test_a_gene_taught_later_is_predicted_like_the_one_with_its_embedding_or_draws_random_candidates():
+    known, drawing = small_model(method="state-genept"), small_model(candidates="random")
+    before, embedding = drawing.candidates.clone(), known.embeddings[5:6].numpy()
+    for model in (known, drawing):
+        ptrag.add_perturbations(model, ["NEW"], embedding)
+        with pytest.raises(ptrag.InputError, match="already"):
+            ptrag.add_perturbations(model, ["NEW"], embedding)
+    control = np.random.default_rng(0).random((10, 20), np.float32)
+    assert np.array_equal(*(ptrag.predict(known, control, gene).cells for gene in ("NEW", "p5")))
     with pytest.raises(ptrag.InputError, match="did you mean"):
-        ptrag.predict(model, control, known[:-1])
+        ptrag.predict(known, control, "NEWW")
+    assert torch.equal(drawing.candidates[:12], before)  # those it had are kept
+    assert not torch.equal(drawing.candidates[12], ptrag.retrieve(drawing.embeddings, drawing.pool, 4)[0][12])
 
 
-def test_a_model_of_random_candidates_draws_them_for_new_genes_too_and_keeps_those_it_had():
-    model = small_model(candidates="random")
-    model.perturbations, before = [str(i) for i in range(12)], model.candidates.clone()
-    ptrag.add_perturbations(model, ["NEW"], model.embeddings[5:6].numpy())
-    assert torch.equal(model.candidates[:12], before)
-    assert not torch.equal(model.candidates[12], ptrag.retrieve(model.embeddings, model.pool, 4)[0][12])
-    with pytest.raises(ptrag.InputError, match="already"):
-        ptrag.add_perturbations(model, ["NEW"], model.embeddings[5:6].numpy())
-
-
-def test_misspelt_ways_to_retrieve_or_select_are_errors():
-    model = small_model()
-    with pytest.raises(ValueError, match="nearest, random or least"):
-        ptrag.retrieve(model.embeddings, model.pool, 2, "nearst")
-    with pytest.raises(ValueError, match="threshold"):
-        model.selector(torch.randn(1, 2, 16), torch.randn(1, 16), torch.randn(1, 4, 16), select="expcted")
-
-
-def test_the_mean_probability_to_be_selected_never_falls_below_twelve_percent_whatever_the_scorer():
-    torch.manual_seed(0)
-    selector = ptrag.Selector(8).eval()
-    torch.nn.init.zeros_(selector.score_out.weight)
-    selector.score_out.weight.data.normal_(std=1e-4)
-    selector.score_out.bias.data = torch.tensor([50.0, -50.0])                                     # as sure as can be: use none
-    _, selection = selector(torch.randn(1, 40, 8), torch.randn(1, 8), torch.randn(1, 6, 8), select="expected")
-    assert selection.weights.mean().item() == pytest.approx(1 / (1 + math.exp(2)), rel=5e-3)
-
-
-def test_hard_negatives_replace_the_last_candidates_by_the_least_similar_genes():
-    model = small_model()
-    nearest = model.candidates.clone()
-    ptrag.use_hard_negatives(model, 0.5)
-    assert torch.equal(model.candidates[:, :2], nearest[:, :2])
-    least, _ = ptrag.retrieve(model.embeddings, model.pool, 4, "least")
-    assert torch.equal(model.candidates[:, 2:], least[:, :2].flip(1))
-
-
-def test_ptrag_imports_and_works_alone_in_an_empty_folder_with_torch_and_numpy_only(tmp_path):
-    shutil.copy(ROOT / "ptrag.py", tmp_path)
-    program = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('h5py', 'pytest', 'data', 'evaluate'):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-import torch, ptrag
-model = ptrag.PTRAG(ptrag.Config(method='ptrag', top_k=3, hidden=8, layers=1), 10, torch.randn(6, 4), torch.arange(6))
-prediction, selection = model(torch.rand(2, 5, 10), torch.tensor([1, 2]))
-print(tuple(prediction.shape), tuple(selection.weights.shape), ptrag.wasserstein(prediction.detach(), torch.rand(2, 4, 10)).shape)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""})
-    assert done.stdout.strip() == "(2, 5, 10) (2, 5, 3) torch.Size([2])", done.stderr
+def test_presets_are_what_the_published_experiments_had_and_an_option_beside_one_wins():
+    shared = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forward=2784, causal=True,
+                  rotary=True, batch_covariate=True, select="sample", hidden=128, sets=64, cells=64, lr=1e-3,
+                  steps=50_001, validate_every=2000, sparsity=1.0, pool="train", test_pool="full", data="x")
+    for preset, own in {"paper-cell-line": dict(top_k=32, sparsity=0.1, pool="full", test_pool=""),
+                        "paper-perturbation": dict(top_k=128), "paper-controls": dict(top_k=32),
+                        "paper-norman": dict(top_k=16, steps=10_001, validate_every=500)}.items():
+        config, _ = ptrag.configure(["--data", "x", "--preset", preset])
+        assert vars(config) == {**vars(ptrag.Config()), **shared, **own, "preset": preset}
+        assert ptrag.configure(["--data", "x", "--preset", preset, "--lr", "1"])[0] == replace(config, lr=1.0)

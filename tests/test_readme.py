@@ -1,110 +1,100 @@
-"""What the README says can be typed can be typed."""
-import math
+"""What the README says can be typed can be typed, and what it says comes out comes out."""
+import itertools
 import re
+import shutil
+import subprocess
 import sys
-from dataclasses import fields
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data
 import ptrag
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("part", ["Selector", "wasserstein", "write_anndata"])
-def test_each_worked_example_runs_as_it_stands(part, tmp_path, monkeypatch):
+def example(part):
+    """The names that the README's example of a part leaves behind."""
+    code, = (code for code in PYTHON if part in code)
+    exec(code.replace("JAK2", "GENE001"), names := {})
+    return names
+
+
+def test_each_worked_example_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    block, = [block for block in PYTHON if part in block]
-    names = {}
-    exec(block, names)
-    if part == "Selector":
-        assert names["context"].shape == (8, 64, 128) and names["selection"].weights.shape == (8, 64, 32)
-        assert all(weight.grad is not None for weight in names["selector"].parameters())
-    if part == "wasserstein":
-        assert 0 < names["marginal"] < names["sw2"] * 50**0.5 and names["w1"] <= names["w2"]
-    if part == "write_anndata":
-        assert names["expression"].shape == (30, 5)
-        assert np.allclose(np.expm1(names["expression"]).sum(1), 1e4)
+    layer = example("Selector")
+    assert layer["context"].shape == (8, 64, 128) and layer["selection"].weights.shape == (8, 64, 32)
+    assert all(weight.grad is not None for weight in layer["selector"].parameters())
+    found = example("wasserstein")
+    assert 0 < found["marginal"] < found["sw2"] * 50**0.5 and found["w1"] <= found["w2"]
+    expression = example("write_anndata")["expression"]
+    assert expression.shape == (30, 5) and np.allclose(np.expm1(expression).sum(1), 1e4)
+    assert run(tmp_path, *"--name NAME --method ptrag --steps 2 --hidden 8 --max-cells 10".split()) == 0
+    names = example("ptrag.predict")
+    assert names["prediction"].cells.shape == (300, 200) and len(names["neighbours"]["candidates"]) == 8
+    assert len(PYTHON) == 4  # all of them
 
 
 def test_stage_2_copied_alone_with_its_imports_is_a_layer():
-    sections = re.split(r"# -{50,}\n# (.*)\n# -{50,}\n", (ROOT / "ptrag.py").read_text())
-    section, = [body for title, body in zip(sections[1::2], sections[2::2]) if title.startswith("Stage 2")]
-    names = {"math": math, "NamedTuple": NamedTuple, "torch": torch, "F": torch.nn.functional, "nn": torch.nn}
-    exec(section, names)
+    section = re.split("# ---- ", (ROOT / "ptrag.py").read_text())[2]
+    names = {name: getattr(ptrag, name) for name in "math NamedTuple torch F nn checkpoint".split()}
+    exec(f"from __future__ import annotations\n# {section}", names)
     context, selection = names["Selector"](8)(torch.randn(2, 5, 8), torch.randn(2, 8), torch.randn(2, 3, 8))
     assert context.shape == (2, 5, 8) and set(selection.weights.unique().tolist()) <= {0, 1}
 
 
-def test_the_example_that_predicts_runs_on_a_trained_model(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert ptrag.main("--name NAME --method ptrag --steps 2 --hidden 8 --layers 1 --max-cells 10".split()) == 0
-    block, = [block for block in PYTHON if "ptrag.predict" in block]
-    names = {}
-    exec(block.replace("JAK2", "GENE001"), names)
-    assert names["prediction"].cells.shape == (300, 200) and len(names["neighbours"]["candidates"]) == 8
+def test_ptrag_works_alone_in_an_empty_folder_with_torch_and_numpy_only(tmp_path):
+    shutil.copy(ROOT / "ptrag.py", tmp_path)
+    program = """if True:
+        import sys, torch
+        sys.modules.update(dict.fromkeys(("h5py", "pytest", "data", "evaluate")))  # importing them fails
+        import ptrag
+        config = ptrag.Config("ptrag", top_k=3, hidden=8, layers=1)
+        model = ptrag.PTRAG(config, range(10), range(6), torch.randn(6, 4), torch.arange(6))
+        prediction, selection = model(torch.rand(2, 5, 10), torch.tensor([1, 2]))
+        distance = ptrag.wasserstein(prediction.detach(), torch.rand(2, 4, 10))
+        print(*prediction.shape, *selection.weights.shape, *distance.shape)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "2 5 10 2 5 3 2\n", done.stderr
 
 
-def test_the_table_of_the_first_command_has_the_anchors_and_baselines_of_this_version(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert ptrag.main(["--method", "state", "--steps", "1"]) == 0                          # anchors and baselines need no trained model
-    rows = lambda text: re.split(r"mean over conditions|\nposition", text)[1].splitlines()[1:]
-    numbers = lambda line: [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
-    printed = {line.split("  ")[0]: numbers(line) for line in rows(capsys.readouterr().out)}
-    shown = {line.split("  ")[0]: numbers(line) for line in rows(README.split("<!-- demo -->")[1])}
-    untrained = [label for label in shown if label and label not in ptrag.METHODS]
-    assert len(untrained) == 7
-    for label in untrained:
+def test_the_table_of_the_first_command_has_the_anchors_and_baselines_of_this_version(tmp_path, capsys):
+    assert run(tmp_path, "--method", "state", "--steps", 1) == 0  # the others' rows need no training
+    printed, shown = ({line.split("  ")[0]: [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
+                       for line in text.split("mean over conditions")[1].split("\n\n")[0].splitlines()[1:]}
+                      for text in (capsys.readouterr().out, README.split("<!-- demo -->")[1].split("```")[1]))
+    assert shown.keys() - printed.keys() == set(ptrag.METHODS) - {"state"}
+    for label in printed.keys() - {"state"}:
         assert shown[label] == pytest.approx(printed[label], rel=2e-3, abs=1e-3), label
 
 
-def test_every_option_the_readme_names_exists():
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(ptrag.Config)} | {"--help"}
-    elsewhere = {"--real", "--pred", "--nproc_per_node", "--quick", "--json", "--only"}              # evaluate.py, torchrun, benchmark.py
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known - elsewhere == set()
-
-
-def test_defaults_in_the_table_of_options_are_the_defaults():
-    for options, default in re.findall(r"^\| (`--[^|]*`) \| ([^|]*) \|", README, re.MULTILINE):
-        names = re.findall(r"--([a-z-]+)", options)
-        values = [value.strip(" `") for value in default.split(",")]
-        if len(names) == len(values) and values[0] not in ("all four", "off", ""):
-            for name, value in zip(names, values):
-                held = getattr(ptrag.Config(), name.replace("-", "_"))
-                assert str(held) == value or float(held) == float(value), name
+def test_options_the_readme_names_exist_and_have_the_defaults_it_says():
+    known = {ptrag.flag(name) for name in vars(ptrag.Config())} | {"--help", "--nproc_per_node"}  # torchrun's
+    for name in ("data.py", "evaluate.py", "tests/benchmark.py", "tests/fidelity.py"):
+        known.update(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", (ROOT / name).read_text()))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
+    rows = re.findall(r"^\| (`--[^|]*`) \|([^|]*)\|", README, re.MULTILINE)
+    said = {"all four": ptrag.Config.method, "off": "False"}
+    assert len(rows) >= 10
+    for options, defaults in rows:  # an empty cell, or a value less: no, or none
+        names, values = re.findall(r"--([a-z0-9-]+)", options), re.split(r"[ `]*,[ `]*", defaults.strip(" `"))
+        for name, value in itertools.zip_longest(names, values, fillvalue=""):
+            held = getattr(ptrag.Config, name.replace("-", "_"))
+            assert str(held) == said.get(value, value) or float(held or 0) == float(value or 0), name
 
 
 def test_public_functions_give_the_shapes_their_docstrings_say():
-    B, S, G, K, h, n, m, d = 2, 6, 10, 3, 8, 5, 7, 4
-    embeddings = torch.randn(9, 4)
-    candidates, similarity = ptrag.retrieve(embeddings, torch.arange(9), K)
-    assert candidates.shape == similarity.shape == (9, K)
-    assert ptrag.gumbel_noise((B, S, K, 2)).shape == (B, S, K, 2)
-    assert ptrag.straight_through(torch.randn(B, S, K, 2), 0.5, torch.zeros(B, S, K, 2)).shape == (B, S, K)
-    assert ptrag.rotate(torch.randn(B, 2, S, 4)).shape == (B, 2, S, 4)
-    assert ptrag.Block(h, 2, 4, 16)(torch.randn(B, S, h)).shape == (B, S, h)
-    assert ptrag.Generator(h, 2, 2, 4, 16)(torch.randn(B, S, h)).shape == (B, S, h)
-    assert ptrag.CrossAttention(4, h)(torch.randn(B, S, h), torch.randn(B, K, h), torch.ones(B).bool()).shape == (B, S, h)
-    x, y = torch.randn(B, n, d), torch.randn(B, m, d)
-    assert ptrag.pairwise_distance(x, y).shape == (B, n, m)
-    assert ptrag.energy_distance(x, y).shape == ptrag.wasserstein(x, y).shape == (B,)
-    assert ptrag.wasserstein_1d(x.transpose(1, 2), y.transpose(1, 2)).shape == (B, d)
-    assert [part.shape for part in ptrag.sliced_wasserstein(x, y)] == [(B,), (B,)]
-    for method in ptrag.METHODS:
-        model = ptrag.PTRAG(ptrag.Config(method=method, hidden=h, layers=1, top_k=K), G, embeddings, torch.arange(9))
-        prediction, selection = model(torch.rand(B, S, G), torch.tensor([1, 2]))
-        assert prediction.shape == (B, S, G) and (selection is not None) == (method == "ptrag")
-        model.perturbations = [str(i) for i in range(9)]
-        assert ptrag.predict(model, np.random.rand(n, G), "3").cells.shape == (n, G)
-    dataset = data.simulate(cell_lines=2, perturbations=6, genes=G, cells=8, controls=10)
-    batch = data.SetSampler(dataset, dataset.conditions(), S, 0).draw(0, range(B))
-    assert batch.control.shape == batch.target.shape == (B, S, G)
-    assert batch.perturbation.shape == batch.cell_line.shape == (B,) and batch.gem_group.shape == (B, S)
+    B, S, K, h, E, n, m, d = 2, 6, 4, 16, 10, 5, 7, 3
+    sets, x, y = torch.randn(B, S, h), torch.randn(B, n, d), torch.randn(B, m, d)
+    for shape, *results in [
+            ((9, K), *ptrag.retrieve(torch.randn(9, E), torch.arange(9), K)),
+            ((B, S, K, 2), noise := ptrag.gumbel_noise((B, S, K, 2))),
+            ((B, S, K), ptrag.straight_through(noise, 0.5, noise)),
+            ((B, S, h), ptrag.rotate(sets), ptrag.Block(h, 2, 4, 16)(sets),
+             ptrag.Generator(h, 2, 2, 4, 16)(sets), ptrag.CrossAttention(E, h)(sets, torch.randn(B, K, E))),
+            ((B, n, m), ptrag.pairwise_distance(x, y)), ((B, n), ptrag.wasserstein_1d(x, y[:, :n])),
+            ((B,), ptrag.energy_distance(x, y), ptrag.wasserstein(x, y), *ptrag.sliced_wasserstein(x, y))]:
+        assert {result.shape for result in results} == {shape}
