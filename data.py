@@ -1,9 +1,8 @@
 """From files to arrays: reads and packs AnnData files of perturbed cells, splits, samples and simulates them.
 
 Every layout of AnnData from 0.6 on is read, with h5py alone; `python data.py pack` writes a file that opens
-at once. Reading order: files out, AnnData in, embeddings in, Dataset, normalisation, loading and packing,
-splits, sampling, simulation, runs, command line. Letters in shapes: C cells, G genes, P perturbations,
-N genes with an embedding, E embedding size, B sets in a batch, S cells in a set.
+at once. Letters in shapes: C cells, G genes, P perturbations, N genes with an embedding, E embedding size,
+B sets in a batch, S cells in a set.
 """
 import argparse
 import atexit
@@ -24,6 +23,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,9 +31,9 @@ from dataclasses import dataclass, field, replace
 import h5py
 import numpy as np
 
-PERTURBATION_COLUMNS = ("gene", "perturbation", "target_gene", "condition")
-CELL_LINE_COLUMNS = ("cell_line", "cell_type", "celltype")
-GEM_GROUP_COLUMNS = ("gem_group", "batch")
+COLUMNS = {"cell line column": ("cell_line", "cell_type", "celltype"),
+           "perturbation column": ("gene", "perturbation", "target_gene", "condition"),
+           "batch column": ("gem_group", "batch")}
 CONTROL_LABELS = ("non-targeting", "nontargeting", "control", "ctrl", "nt", "ntc")
 SYMBOL_COLUMNS = ("gene_name", "gene_symbols", "feature_name", "gene_symbol")
 
@@ -115,7 +115,7 @@ def atomic_output(path, inputs=()):
         reason = error.strerror or " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be written ({reason})") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.exists(temporary):
             os.remove(temporary)
 
 
@@ -134,9 +134,8 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
 
     blocks: iterable of (rows, {key: (n, G)}); rows (n,) int or a slice: which of the file's `cells` rows they
             are; key: "X", "layers/NAME" or "obsm/NAME". Matrices are contiguous float32: they can be mapped.
-    obs:    {column: list of text, "" where missing, or (cells,) numbers}
-    uns:    nested dict of text, numbers, lists of text and arrays
-    obs and uns are read after the last block: they may be filled meanwhile. `inputs` as in `atomic_output`.
+    obs:    {column: list of text, "" where missing, or (cells,) numbers}; uns: nested dict of text, numbers,
+            lists of text and arrays. Both are read after the last block: they may be filled meanwhile.
     """
     with atomic_output(path, inputs) as temporary:
         blocks = iter(blocks)
@@ -154,12 +153,10 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
         with open(temporary, "rb+") as file:            # plain writes: a full disk is an error, not a crash
             for rows, matrices in itertools.chain([first], blocks):
                 rows = np.arange(cells)[rows]
-                starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # neighbours: one piece
                 for key, values in matrices.items():
-                    values = np.ascontiguousarray(values, "<f4")
-                    for begin, end in zip(starts, [*starts[1:], len(rows)]):
-                        file.seek(offsets[key] + int(rows[begin]) * 4 * widths[key])
-                        file.write(values[begin:end])
+                    for row, line in zip(rows.tolist(), np.ascontiguousarray(values, "<f4")):
+                        file.seek(offsets[key] + row * 4 * widths[key])
+                        file.write(line)
         check_room(temporary, 2 * len(pickle.dumps((genes, obs, uns), 5)) + 100 * (cells + len(genes)))
         with h5py.File(temporary, "r+") as file:
             write_frame(file, "obs", [str(cell) for cell in range(cells)], obs)
@@ -184,7 +181,7 @@ def write_frame(file, key, index, columns):
     """A data frame: its index and columns {name: list of text, "" where missing, or an array of numbers}."""
     group = encode(file.create_group(key), "dataframe")
     group.attrs["_index"] = "_index"
-    group.attrs.create("column-order", np.array(list(columns), object), dtype=h5py.string_dtype())
+    group.attrs.create("column-order", list(columns), dtype=h5py.string_dtype())
     write_value(group, "_index", index)
     for name, values in columns.items():
         if len(values) and isinstance(values[0], str):
@@ -204,14 +201,11 @@ def write_value(group, name, value):
         node = encode(group.create_group(name), "dict", "0.1.0")
         for key, item in value.items():
             write_value(node, key, item)
-    elif isinstance(value, str):
-        encode(group.create_dataset(name, data=value, dtype=h5py.string_dtype()), "string")
-    elif isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        value = np.array(value, object)
-        encode(group.create_dataset(name, data=value, dtype=h5py.string_dtype()), "string-array")
-    else:
-        node = group.create_dataset(name, data=value)
-        encode(node, "array" if node.shape else "numeric-scalar")
+        return
+    text = all(isinstance(item, str) for item in value) if isinstance(value, list) else isinstance(value, str)
+    node = group.create_dataset(name, data=value, dtype=h5py.string_dtype() if text else None)
+    scalar, array = ("string", "string-array") if text else ("numeric-scalar", "array")
+    encode(node, array if node.shape else scalar)
 
 
 # -------------------------------------------------------------------------------------- AnnData in
@@ -249,21 +243,21 @@ def in_child(path, read):
         return read()
     with reading(path):
         seconds, memory = SECONDS_TO_OPEN + os.path.getsize(path) // 50_000_000, most_memory(path)
-    fork = multiprocessing.get_context("fork")
-    receive, send = fork.Pipe(duplex=False)
 
     def answer():
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent ends this process
         if os.path.exists("/proc/self/statm"):          # pages in use
             import resource
-            with open("/proc/self/statm") as file:
-                used = int(file.read().split()[0]) * resource.getpagesize()
+            used = int(np.loadtxt("/proc/self/statm")[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
         try:
             result = read()
-        except DataError as error:
+        except Exception as error:
             result = error
+            error.add_note(traceback.format_exc())      # does not travel by itself
         send.send(result)
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
     child = fork.Process(target=answer, daemon=True)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):     # beside threads
         child.start()
@@ -273,24 +267,20 @@ def in_child(path, read):
             raise DataError(f"{path}: reading it does not come to an end: the file is damaged")
         result = receive.recv()
     except EOFError:
-        child.join()
-        if child.exitcode == 1:                         # a bug of ours, which shows its traceback here
-            return read()
         raise DataError(f"{path}: reading it crashes the HDF5 library: the file is damaged") from None
     finally:
         child.kill()
         child.join()
-    if isinstance(result, DataError):
+    if isinstance(result, Exception):
         raise result
     return result
 
 
 def open_file(path):
     """Opens an HDF5 file for reading, after a look at the sizes it claims."""
-    with reading(path):
-        with open(path, "rb"):
-            if not h5py.is_hdf5(path):
-                raise ValueError("not an HDF5 file; AnnData files, .h5ad or .h5, can be read")
+    with reading(path), open(path, "rb"):
+        if not h5py.is_hdf5(path):
+            raise ValueError("not an HDF5 file; AnnData files, .h5ad or .h5, can be read")
         file, size = h5py.File(path, "r"), os.path.getsize(path)
 
         def problem(name, link):
@@ -324,11 +314,11 @@ def read_column(node, categories=None):
         return codes, values
     if isinstance(node, h5py.Group):
         node, categories = node["codes"], node["categories"]
-    elif isinstance(node, h5py.Dataset) and isinstance(node.attrs.get("categories"), h5py.Reference):
-        categories = node.file[node.attrs["categories"]]        # as before 0.8
+    elif "categories" in getattr(node, "attrs", ()):    # as before 0.8
+        categories = node.file[node.attrs["categories"]]
     rows = node[()]
-    if rows.ndim != 1 or rows.dtype.kind not in "biufSUO":
-        raise ValueError(f"a column holds {rows.dtype} of {rows.ndim} dimensions, not text or numbers")
+    if rows.ndim != 1:
+        raise ValueError(f"a column has {rows.ndim} dimensions")
     if categories is not None:
         codes, values = read_column(categories)
         if rows.dtype.kind not in "iu" or len(rows) and not -1 <= rows.min() <= rows.max() < len(codes):
@@ -336,23 +326,20 @@ def read_column(node, categories=None):
         return np.append(codes, -1)[rows], values
     values, codes = np.unique(rows, return_inverse=True)
     missing = values != values
-    if values.dtype.kind in "SUO":
+    if values.dtype.kind not in "biuf":
         texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a column holds neither text nor numbers")
+            raise ValueError(f"a column holds {rows.dtype}, neither text nor numbers")
         values, missing = np.array(texts, object), np.isin(texts, ["", "nan"])
     return np.where(missing[codes], -1, codes), values
 
 
 def open_frame(file, key):
-    """The data frame "obs" or "var": (function from a name to the column, names, name of the index).
-
-    A group with one member per column, or (before 0.7) one compound table, whose categories lie in `uns`.
-    """
+    """The data frame "obs" or "var": (function from a name to the column, names, name of the index)."""
     if key not in file:
         raise ValueError(f"no {key}: not an AnnData file, it has {listed(file) or 'nothing'}")
     node, uns = file[key], file.get("uns", {})
-    if isinstance(node, h5py.Group):
+    if isinstance(node, h5py.Group):                    # else one compound table, as before 0.7
         columns, categories = node, node.get("__categories", {})        # as in 0.7
         names = [name for name in node if name != "__categories"]
     else:
@@ -387,7 +374,10 @@ def read_obs(path, columns):
 
 @dataclass
 class Matrix:
-    """Where expression lies in an AnnData file and what it is; `row_blocks` reads it."""
+    """Where expression lies in an AnnData file and what it is; `row_blocks` reads it.
+
+    `matrix[rows]` reads (n, G) float32 of log-normalised values that lie in one piece from the mapped file.
+    """
     path: str
     key: str
     layout: str                  # "dense", "csr" or "csc"
@@ -398,17 +388,31 @@ class Matrix:
     counts: bool                 # raw counts, told from a sample: whole numbers
     choose: int = 0              # how many highly variable genes are to be chosen; 0: all are used
     totals: object = None        # the Matrix of all genes, where this one holds the counts of only some
+    lowest: float = 0.0          # value; minus infinity for predictions
 
-    def __str__(self):
-        return f"{self.path}: {self.key}"
+    @functools.cached_property
+    def matrix(self):
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def __getitem__(self, rows):
+        return self.checked(np.asarray(self.matrix[rows], np.float32))      # only what is used is looked at
+
+    def checked(self, values):
+        """The values; `DataError` unless all are finite and what counts or their logarithms can be."""
+        low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+        finite = np.isfinite(low) and np.isfinite(high)
+        if not finite or low < self.lowest or not self.counts and high > LOG_NORMALISED_MAX:
+            wrong = "not finite" if not finite else "negative" if low < self.lowest else "too large for log1p"
+            raise DataError(f"{self.path}: {self.key} holds values that are {wrong} ({low:g} to {high:g}); "
+                            "counts, or log1p of normalised counts, were expected")
+        return values
 
 
 def open_matrix(file, key):
     """Recognises the matrix `key` and checks that its parts fit together; reads a sample of the values."""
     node, offset, pointers = file[key], None, None
     if isinstance(node, h5py.Dataset):
-        layout, values, shape = "dense", node, node.shape or ()
-        offset = node.id.get_offset() if node.chunks is None else None
+        layout, values, shape, offset = "dense", node, node.shape or (), node.id.get_offset()
         if len(shape) != 2 or offset and offset + node.nbytes > os.path.getsize(file.filename):
             raise ValueError(f"{key} has {len(shape)} dimensions, not cells by genes, or no end")
     else:
@@ -423,7 +427,7 @@ def open_matrix(file, key):
             raise ValueError(f"{key}: indptr and indices must be whole numbers")
         pointers = pointers.astype(np.int64)
         if (pointers.shape != (shape[layout == "csc"] + 1,) or values.shape != indices.shape
-                or pointers[0] != 0 or pointers[-1] != values.size or (np.diff(pointers) < 0).any()):
+                or [*pointers[[0, -1]]] != [0, values.size] or (np.diff(pointers) < 0).any()):
             raise ValueError(f"{key}: data ({values.size}), indices ({indices.size}) and indptr "
                              f"({pointers.size}) do not fit a {layout} matrix of shape {shape}")
     if values.dtype.kind not in "biuf" or min(shape) < 1:
@@ -443,8 +447,8 @@ def row_blocks(matrix):
         if matrix.layout == "csc":                      # a pass over the file for each block: large ones
             read = 64 * step
         elif matrix.layout == "dense" and node.chunks:  # whole chunks: each is decompressed once
-            chunk = node.chunks[0]
-            step = read = step // chunk * chunk if chunk <= step else min(chunk, 8 * step)
+            chunk = min(node.chunks[0], 8 * step)
+            step = read = max(1, step // chunk) * chunk
         for begin in range(0, cells, read):
             end = min(begin + read, cells)
             block = node[begin:end] if matrix.layout == "dense" else sparse_rows(node, matrix, begin, end)
@@ -453,41 +457,26 @@ def row_blocks(matrix):
 
 
 def sparse_rows(node, matrix, begin, end):
-    """Rows `begin` to `end` of a sparse matrix as a dense (n, G) array.
-
-    A line is a row of a CSR matrix, of which only those are read, or a column of a CSC one, from all of which
-    these rows are picked; the lines are laid end to end while they are filled.
-    """
-    pointers, by_row = matrix.pointers, matrix.layout == "csr"
-    line, last, width = (begin, end, matrix.shape[1]) if by_row else (0, matrix.shape[1], end - begin)
-    first, dense = line, np.zeros((last - line) * width, np.float32)
-    while line < last:
-        stop = np.searchsorted(pointers, pointers[line] + BLOCK_BYTES // 4, side="right") - 1
-        stop = min(max(int(stop), line + 1), last)
-        entries = slice(*pointers[[line, stop]])
+    """Rows `begin` to `end` of a sparse matrix as a dense (n, G) array, a part of the entries at a time."""
+    # a line: a row of a CSR matrix, or a column of a CSC one, from all of which the rows are picked
+    by_row, (cells, genes) = matrix.layout == "csr", matrix.shape
+    pointers = matrix.pointers[begin:end + 1] if by_row else matrix.pointers
+    dense = np.zeros((end - begin, genes) if by_row else (genes, end - begin), np.float32)
+    cuts = np.searchsorted(pointers, np.arange(pointers[0], pointers[-1], BLOCK_BYTES // 4))
+    for first, last in itertools.pairwise(np.unique([0, *cuts, len(dense)])):
+        entries = slice(*pointers[[first, last]])
         indices, values = node["indices"][entries].astype(np.int64), node["data"][entries]
+        lines = np.repeat(np.arange(first, last), np.diff(pointers[first:last + 1]))
         if len(indices) and not 0 <= indices.min() <= indices.max() < matrix.shape[by_row]:
             raise ValueError(f"indices run from {indices.min()} to {indices.max()}, beyond {matrix.shape}")
-        places = np.repeat(np.arange(line - first, stop - first) * width, np.diff(pointers[line:stop + 1]))
-        places += indices
         if not by_row:
             here = (indices >= begin) & (indices < end)
-            places, values = places[here] - begin, values[here]
+            lines, indices, values = lines[here], indices[here] - begin, values[here]
+        places = lines * dense.shape[1] + indices
         if (places[1:] <= places[:-1]).any() and len(np.unique(places)) < len(places):
             raise ValueError("several values for one cell and gene: add them up (scipy: sum_duplicates)")
-        dense[places] = values
-        line = stop
-    return dense.reshape(-1, width) if by_row else dense.reshape(-1, width).T
-
-
-def check_values(values, where, lowest=0.0, most=np.inf):
-    """`DataError` unless all values are finite and from `lowest` to `most`."""
-    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
-    finite = np.isfinite(low) and np.isfinite(high)
-    if not (finite and lowest <= low and high <= most):
-        wrong = "not finite" if not finite else "negative" if low < lowest else "too large for log1p"
-        raise DataError(f"{where} holds values that are {wrong} ({low:g} to {high:g}); counts, or log1p of "
-                        "normalised counts, were expected")
+        dense.ravel()[places] = values
+    return dense if by_row else dense.T
 
 
 # ----------------------------------------------------------------------------------- embeddings in
@@ -499,8 +488,7 @@ def read_embeddings(path):
     """
     def read():
         with reading(path), open(path, "rb") as file:
-            start = file.read(4)
-            file.seek(0)
+            start = file.peek()[:4]
             if start == b"\x89HDF":
                 with open_file(path) as packed:
                     return read_packed(packed)["embeddings"]
@@ -537,11 +525,8 @@ def check_embeddings(genes, embeddings):
 class Pickled:
     """Stands in for whatever numpy puts into a pickle: runs nothing, remembers the raw parts of an array."""
 
-    def __init__(self, name, arguments=()):
-        self.name, self.arguments, self.state = name, arguments, None
-
-    def __call__(self, *arguments):
-        return Pickled(self.name, arguments)
+    def __init__(self, name, arguments):
+        self.name, self.arguments = name, arguments
 
     def __setstate__(self, state):
         self.state = state
@@ -551,9 +536,8 @@ class Pickled:
 
     def array(self):
         """The array or scalar, of numbers or text, that numpy would have made."""
-        order = "C"
         if self.name == "scalar":
-            (dtype, raw), shape = self.arguments, ()
+            (dtype, raw), shape, order = self.arguments, (), "C"
         elif self.name == "_frombuffer":
             raw, dtype, shape, order = self.arguments
         else:
@@ -574,38 +558,25 @@ class PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.NUMPY:
             raise ValueError(f"names {module}.{name}: refused, since it could run code")
-        return Pickled(name)
+        return lambda *arguments: Pickled(name, arguments)
 
 
 def read_genept(file):
     """A pickled dict from gene symbol to a list or array of numbers: (genes, (N, E) float32)."""
     table, rows = PlainUnpickler(file).load(), []
-    if not isinstance(table, dict) or not table:
+    if not isinstance(table, dict):
         raise ValueError("no GenePT pickle: a dict from gene symbol to numbers was expected")
-    for gene, numbers in table.items():
+    for numbers in table.values():
         if isinstance(numbers, (list, tuple)):
             numbers = np.fromiter(numbers, np.float32, len(numbers))
         rows.append(np.asarray(numbers.array() if isinstance(numbers, Pickled) else numbers, np.float32))
-        if rows[-1].ndim != 1 or rows[-1].shape != rows[0].shape:
-            raise ValueError(f"the embedding of {gene!r} is no list of numbers as long as the first one")
+        if rows[-1].shape != rows[0].shape:
+            raise ValueError("embeddings of different lengths")
     genes = [str(gene.array()) if isinstance(gene, Pickled) else gene for gene in table]
     return np.array(genes, object), np.stack(rows)
 
 
 # ----------------------------------------------------------------------------------------- Dataset
-
-class MappedRows:
-    """Expression left on disk: `rows[numbers]` reads those cells of a mapped `Matrix` as (n, G) float32."""
-
-    def __init__(self, name, matrix, lowest):
-        self.name, self.lowest, self.shape = name, lowest, matrix.shape
-        self.matrix = np.memmap(matrix.path, matrix.dtype, "r", matrix.offset, matrix.shape)
-
-    def __getitem__(self, rows):
-        dense = np.asarray(self.matrix[rows], np.float32)
-        check_values(dense, self.name, self.lowest, LOG_NORMALISED_MAX)     # only what is used is looked at
-        return dense
-
 
 @dataclass
 class Dataset:
@@ -636,18 +607,13 @@ class Dataset:
         order = np.argsort(key, kind="stable")
         return key[order], order
 
-    def _rows(self, cell_line, perturbation, gem_group, groups):
+    def cells(self, cell_line: int, perturbation: int, gem_group: int | None = None) -> np.ndarray:
+        """Row numbers of a condition's cells, of one gem group or of all, ascending: (n,) int64."""
         keys, order = self._index
-        first = (cell_line * len(self.perturbations) + perturbation) * len(self.gem_groups) + gem_group
-        return order[slice(*np.searchsorted(keys, [first, first + groups]))]
-
-    def cells(self, cell_line: int, perturbation: int) -> np.ndarray:
-        """Row numbers of a condition's cells, ascending: (n,) int64."""
-        return np.sort(self._rows(cell_line, perturbation, 0, len(self.gem_groups)))
-
-    def control_cells(self, cell_line: int, gem_group: int) -> np.ndarray:
-        """Row numbers of the control cells of one gem group of a cell line, ascending: (n,) int64."""
-        return self._rows(cell_line, 0, gem_group, 1)
+        groups = len(self.gem_groups)
+        first = (cell_line * len(self.perturbations) + perturbation) * groups + (gem_group or 0)
+        last = first + (groups if gem_group is None else 1)
+        return np.sort(order[slice(*np.searchsorted(keys, [first, last]))])
 
     def conditions(self) -> list[tuple[int, int]]:
         """The (cell line, perturbation) pairs that have cells, sorted; controls are not among them."""
@@ -657,27 +623,22 @@ class Dataset:
 
     def perturbation_embeddings(self) -> np.ndarray:
         """(P, E) float32: each perturbation's embedding; zero for the control and for genes without one."""
-        row = {gene: i for i, gene in enumerate(self.embedding_genes)}
-        table = np.zeros((len(self.perturbations), self.embeddings.shape[1]), np.float32)
-        for p, name in enumerate(self.perturbations):
-            if p > 0 and name in row:
-                table[p] = self.embeddings[row[name]]
-        return table
+        known = dict(zip(self.embedding_genes, self.embeddings))
+        zeros = np.zeros(self.embeddings.shape[1], np.float32)
+        return np.stack([zeros, *(known.get(name, zeros) for name in self.perturbations[1:])])
 
 
-# ----------------------------------------------------------------------------------- normalisation
-
-def scaled_blocks(matrix, totals=None, lowest=0.0):
+def scaled_blocks(matrix, totals=None):
     """Row blocks of the matrix, checked: (first row, values (n, G), factors (n, 1) to 10,000 per cell).
 
     totals: (C,) the cells' totals where the matrix holds only some of the genes. Logarithms have factor 1.
     """
     for begin, block in row_blocks(matrix):
-        check_values(block, matrix, lowest, np.inf if matrix.counts else LOG_NORMALISED_MAX)
         sums = np.full(len(block), TARGET_SUM, np.float32)
         if matrix.counts:
             sums = block.sum(1) if totals is None else totals[begin:begin + len(block)]
-        yield begin, block, (TARGET_SUM / np.where(sums > 0, sums, 1.0)).astype(np.float32)[:, None]
+        factors = (TARGET_SUM / np.where(sums > 0, sums, 1.0)).astype(np.float32)[:, None]
+        yield begin, matrix.checked(block), factors
 
 
 def highly_variable(matrix, number):
@@ -694,16 +655,14 @@ def highly_variable(matrix, number):
         squares += np.einsum("cg,cg->g", values, values)
     mean = total / cells
     variance = np.maximum(squares - cells * mean ** 2, 0.0) / max(1, cells - 1)
-    varies, score = variance > 0, np.full(genes, -np.inf)
-    dispersion, level = np.log(variance[varies] / mean[varies]), np.log1p(mean)
+    varies, level = variance > 0, np.log1p(mean)
     edges = np.linspace(level.min(), level.max(), 21)
-    bins = np.clip(np.searchsorted(edges, level) - 1, 0, 19)[varies]    # open to the left, as pandas.cut
-    standardised = np.ones(len(dispersion))
-    for here in (bins == number for number in np.unique(bins)):
-        if here.sum() > 1:
-            spread = dispersion[here].std(ddof=1) or 1.0
-            standardised[here] = (dispersion[here] - dispersion[here].mean()) / spread
-    score[varies] = standardised
+    bins = np.clip(np.searchsorted(edges, level) - 1, 0, 19)            # open to the left, as pandas.cut
+    score = np.full(genes, -np.inf)
+    score[varies] = np.log(variance[varies] / mean[varies])
+    for here in (varies & (bins == number) for number in np.unique(bins[varies])):
+        alone, spread = here.sum() == 1, score[here].std(ddof=here.sum() > 1) or 1.0
+        score[here] = 1.0 if alone else (score[here] - score[here].mean()) / spread
     return np.sort(np.argsort(-score, kind="stable")[:number])
 
 
@@ -737,13 +696,12 @@ def find_expression(file, hvg):
     if not keys:
         raise ValueError("neither X nor obsm/X_hvg")
     matrix, *others = (open_matrix(file, key) for key in keys)
-    matrix.choose = 0 if keys[0] == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
+    notes = [f"{matrix.key} holds counts: normalised to 10,000 per cell and log1p'd" if matrix.counts else
+             f"{matrix.key} holds log-normalised values: used as they are"]
+    matrix.choose = 0 if matrix.key == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
     if matrix.counts and others and others[0].counts and others[0].shape[0] == matrix.shape[0]:
         matrix.totals = others[0]
-    notes = [f"{matrix.key} holds log-normalised values: used as they are"]
-    if matrix.counts:
-        notes = [f"{matrix.key} holds counts: normalised to 10,000 per cell and log1p'd"]
-    elif matrix.layout != "csc":                        # where even a few rows take a pass over the file
+    elif not matrix.counts and matrix.layout != "csc":  # where even a few rows take a pass over the file
         totals = np.expm1(next(row_blocks(matrix))[1].astype(np.float64)).sum(1)
         # genes left out can make a total smaller, but not larger, nor the same in every cell
         if totals.max() > 1.01 * TARGET_SUM or totals.std() < 0.01 * totals.mean() < 0.0099 * TARGET_SUM:
@@ -769,10 +727,9 @@ def gene_names(file, matrix, perturbations, notes):
             genes = np.where(np.isin(symbols, [*values[times > 1], ""]), genes, symbols)
             notes[-1] = f"genes are called by their symbols, var column {name}, as the perturbations are"
     if matrix.key == "obsm/X_hvg" and len(genes) != number:
-        marks = texts("highly_variable") if "highly_variable" in names else []
-        chosen = np.isin(marks, ["True", "1"])
-        if chosen.sum() == number and len(chosen) == len(genes):
-            genes = genes[chosen]
+        marked = "highly_variable" in names and np.isin(texts("highly_variable"), ["True", "1"])
+        if np.sum(marked) == number:
+            genes = genes[marked]
         else:
             genes = np.array([f"hvg{i}" for i in range(number)])
             notes.append(f"the {number} genes of {matrix.key} have no names: called hvg0 to hvg{number - 1}")
@@ -780,24 +737,26 @@ def gene_names(file, matrix, perturbations, notes):
         raise ValueError(f"{matrix.key} has {number:,} columns for {len(genes):,} genes in var")
     distinct, times = np.unique(genes, return_counts=True)
     if len(distinct) < number:
-        twice = listed(distinct[times > 1])
-        raise ValueError(f"genes named more than once: {twice}; AnnData.var_names_make_unique helps")
+        raise ValueError(f"genes named more than once, {listed(distinct[times > 1])}: make them unique")
     return genes.tolist()
 
 
 def recognise(path, genept="", perturbation_column="", cell_line_column="", batch_column="", control="",
               hvg=2000, need_embeddings=True, predicted=False):
-    """Reads all of an AnnData file but the values of its matrix: a Dataset whose expression is a `Matrix`."""
+    """A Dataset whose expression is a `Matrix`, of which no values are read yet. Options as in `load`.
+
+    need_embeddings None: only where there are any. Without perturbed cells an error, unless it is False.
+    """
     path, given = os.fspath(path), read_embeddings(genept) if genept else None
 
     def read():
         with open_file(path) as file, reading(path):
             packed, (column, names, index) = read_packed(file), open_frame(file, "obs")
             matrix, notes = find_expression(file, np.inf if predicted else hvg)
+            matrix.lowest = -np.inf if predicted else 0.0
             names, labels, problems = [name for name in names if name != index], [], []
-            for what, asked, known in (("cell line column", cell_line_column, CELL_LINE_COLUMNS),
-                                       ("perturbation column", perturbation_column, PERTURBATION_COLUMNS),
-                                       ("batch column", batch_column, GEM_GROUP_COLUMNS)):
+            columns = cell_line_column, perturbation_column, batch_column
+            for asked, (what, known) in zip(columns, COLUMNS.items()):
                 name, problem = choose(what, names, asked, known)
                 codes, values = column(name) if name else (np.zeros(matrix.shape[0], int), np.array(["all"]))
                 labels.append((codes, as_texts(values)))
@@ -815,15 +774,16 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
         embeddings = given or packed.get("embeddings", ([], np.zeros((0, 0), np.float32)))
         if need_embeddings and not embeddings[0]:
             raise DataError(f"{path}: holds no gene embeddings; give a GenePT pickle or an .npz by --genept")
-        embedded = set(embeddings[0]) if need_embeddings else None
+        embedded = None if need_embeddings is False else set(embeddings[0]) or None
         labels = usable_cells(path, labels, control or packed.get("control", ""), embedded, predicted, notes)
         codes, names = zip(*labels)
         dataset, twins = Dataset(path, genes, *names, matrix, *codes, *embeddings, notes), {}
+        if need_embeddings is not False and not dataset.conditions():
+            raise DataError(f"{path}: no perturbed cells are left to use ({'; '.join(notes)})")
         for name, vector in zip(dataset.perturbations, dataset.perturbation_embeddings()):
             twins.setdefault(vector.tobytes() if vector.any() else name, []).append(name)
         twins = [" = ".join(names) for names in twins.values() if len(names) > 1]
-        note = (f"{len(twins)} embeddings belong to several perturbations, which can retrieve each other: "
-                f"{listed(twins)}")
+        note = f"{len(twins)} embeddings belong to several perturbations, alike in retrieval: {listed(twins)}"
         if twins and note not in notes:
             notes.append(note)
         return dataset
@@ -833,41 +793,33 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
 def usable_cells(path, labels, control, embedded, predicted, notes):
     """The three labels as codes into sorted names, -1 for cells that cannot be used; the notes count those.
 
-    Left out are cells without a label, cell lines without controls, perturbations without an embedding
-    (`embedded`: the genes with one, None to keep all) and conditions of a single cell; of predictions only
-    the first.
+    embedded: the genes with an embedding; None keeps the perturbations without one. Predictions are all kept.
     """
     (line, lines), (perturbation, perturbations), (group, groups) = labels
-    keep = (line >= 0) & (perturbation >= 0)
-    if not keep.all():
-        notes.append(f"{(~keep).sum():,} cells without a cell line or perturbation left out")
-    present = [perturbations[code] for code in np.unique(perturbation[keep])]
-    if not predicted or not control and {name.lower() for name in present} & set(CONTROL_LABELS):
-        control, problem = choose("control label", present, control, CONTROL_LABELS)
-        if problem:
-            raise DataError(f"{path}: {problem} (there are {listed(present, 20) or 'none'})")
-    is_control = keep & np.array([*(name == control for name in perturbations), False])[perturbation]
+    keep = np.ones(len(line), bool)
 
-    def leave_out(unusable, codes, names, what):
+    def leave_out(unusable, what, codes=None, names=()):
         unusable = unusable & keep
         if unusable.any():
-            left = sorted(names[code] for code in np.unique(codes[unusable]))
-            notes.append(f"{len(left)} {what} left out: {listed(left)} ({unusable.sum():,} cells)")
+            left = sorted(names[code] for code in np.unique(codes[unusable])) if names else []
+            named = f"{len(left)} {what} left out: {listed(left)} ({unusable.sum():,} cells)"
+            notes.append(named if left else f"{unusable.sum():,} {what} left out")
             keep[unusable] = False
-
+    leave_out((line < 0) | (perturbation < 0), "cells without a cell line or perturbation")
+    present = [perturbations[code] for code in np.unique(perturbation[keep])]
+    found, problem = choose("control label", present, control, CONTROL_LABELS)
+    if problem and not (predicted and problem.startswith("no ")):
+        raise DataError(f"{path}: {problem} (there are {listed(present, 20) or 'none'})")
+    control = found or control
+    is_control = keep & np.array([*(name == control for name in perturbations), False])[perturbation]
     if not predicted:
-        leave_out(~np.isin(line, line[is_control]), line, lines, "cell lines without control cells")
-        unknown = [embedded is not None and name not in embedded | {control} for name in perturbations]
-        unknown = np.array(unknown)[perturbation]
-        leave_out(unknown, perturbation, perturbations, "perturbations without an embedding")
-        condition = np.where(keep, line * len(perturbations) + perturbation, -1)
+        leave_out(~np.isin(line, line[is_control]), "cell lines without control cells", line, lines)
+        known = {control, *(embedded or perturbations)}
+        without = np.array([name not in known for name in perturbations])[perturbation]
+        leave_out(without, "perturbations without an embedding", perturbation, perturbations)
+        condition = np.where(keep & ~is_control, line * len(perturbations) + perturbation, -1)
         _, place, sizes = np.unique(condition, return_inverse=True, return_counts=True)
-        single = keep & ~is_control & (sizes[place] == 1)
-        if single.any():
-            notes.append(f"{single.sum():,} conditions with a single cell left out")
-            keep[single] = False
-        if embedded is not None and not (keep & ~is_control).any():
-            raise DataError(f"{path}: no perturbed cells are left to use ({'; '.join(notes)})")
+        leave_out((condition >= 0) & (sizes[place] == 1), "conditions with a single cell")
     if (group[keep] < 0).any():
         notes.append(f"{(group[keep] < 0).sum():,} cells without a batch count as a batch of their own")
         group, groups = np.where(group < 0, len(groups), group), [*groups, "missing"]
@@ -892,20 +844,21 @@ def load(path, genept="", perturbation_column="", cell_line_column="", batch_col
     """
     dataset = recognise(path, genept, perturbation_column, cell_line_column, batch_column, control, hvg,
                         need_embeddings and not predicted, predicted)
-    matrix, lowest = dataset.expression, -np.inf if predicted else 0.0
+    matrix = dataset.expression
     if matrix.offset and matrix.dtype.kind == "f" and not matrix.counts and not matrix.choose:
-        dataset.expression = MappedRows(dataset.name, matrix, lowest)
         return dataset
     say(f"{path}: {matrix.key} is packed into a temporary file; `python data.py pack` once saves this")
     with tempfile.TemporaryDirectory(prefix="ptrag-", ignore_cleanup_errors=True) as folder:
         copy = os.path.join(folder, "packed.h5")
         rows = write_packed(dataset, copy, say, predicted=predicted)
         with open_file(copy) as file:
-            dataset.expression = MappedRows(dataset.name, open_matrix(file, "obsm/X_hvg"), lowest)
+            packed = open_matrix(file, "obsm/X_hvg")
+        packed.counts, packed.lowest = False, matrix.lowest
+        packed.matrix                                   # mapped now: the file has no name any more
     if os.path.exists(copy):                            # Windows removes no mapped file: at the end, then
-        atexit.register(lambda: (dataset.expression.matrix._mmap.close(), shutil.rmtree(folder, True)))
+        atexit.register(lambda: (packed.matrix._mmap.close(), shutil.rmtree(folder, True)))
     codes = {name: getattr(dataset, name)[rows] for name in ("cell_line", "perturbation", "gem_group")}
-    return replace(dataset, **codes)
+    return replace(dataset, expression=packed, **codes)
 
 
 def pack(path, output, say=say, all_embeddings=False, **options):
@@ -915,9 +868,7 @@ def pack(path, output, say=say, all_embeddings=False, **options):
     a condition is one slice; control label, notes and the embeddings of the perturbed genes (or of all) lie
     under uns/ptrag. Returns the notes.
     """
-    dataset = recognise(path, need_embeddings=bool(options.get("genept")), **options)
-    if not dataset.conditions():
-        raise DataError(f"{path}: holds no perturbed cells, only controls: there is nothing to train on")
+    dataset = recognise(path, need_embeddings=None, **options)
     needed = np.isin(dataset.embedding_genes, dataset.perturbations)
     if not all_embeddings and not needed.all():
         dataset.notes.append(f"{needed.sum():,} of {len(needed):,} embeddings packed, those of the perturbed "
@@ -929,10 +880,7 @@ def pack(path, output, say=say, all_embeddings=False, **options):
 
 
 def write_packed(dataset, output, say, inputs=(), predicted=False):
-    """Packs a Dataset whose expression is a `Matrix`: its usable cells, sorted; predictions as they stand.
-
-    Returns the rows of the matrix in the order of the file: (n,) int.
-    """
+    """Packs what `recognise` gave; returns the rows written: the usable ones, sorted, or (predicted) all."""
     matrix, columns, notes = dataset.expression, slice(None), dataset.notes
     rows = np.lexsort((dataset.gem_group, dataset.perturbation, dataset.cell_line))
     rows = np.arange(matrix.shape[0]) if predicted else rows[dataset.cell_line[rows] >= 0]
@@ -945,24 +893,24 @@ def write_packed(dataset, output, say, inputs=(), predicted=False):
     totals = matrix.totals and np.concatenate([block.sum(1) for _, block in row_blocks(matrix.totals)])
 
     def blocks():
-        said, started, impossible = 0.0, time.monotonic(), 0
-        for begin, block, factors in scaled_blocks(matrix, totals, -np.inf if predicted else 0.0):
+        started, said, impossible = time.monotonic(), 0.0, 0
+        for begin, block, factors in scaled_blocks(matrix, totals):
             done, here = begin + len(block), np.flatnonzero(place[begin:begin + len(block)] >= 0)
             block = block[:, columns] if len(here) == len(block) else block[here][:, columns]
             block = np.log1p(block * factors[here]) if matrix.counts else block
             yield place[begin + here], {"obsm/X_hvg": block}
             impossible += 0 if matrix.counts else (block > np.log1p(TARGET_SUM) + 1e-3).sum()
-            now = time.monotonic()
-            if now > said + 1 or done == len(place):
-                rate = done / (now - started + 1e-9)
+            if time.monotonic() > said + 1 or done == len(place):
+                said = time.monotonic()
+                rate = done / (said - started + 1e-9)
                 say(f"packing: {done:,} of {len(place):,} cells, {rate:,.0f} cells/s")
-                said = now
         if impossible:
             notes.append(f"{impossible:,} values are above 9.21, log1p of all 10,000 counts of a cell")
 
-    named = (("cell_line", dataset.cell_lines), ("perturbation", dataset.perturbations),
-             ("gem_group", dataset.gem_groups))
-    obs = {name: [[*names, ""][code] for code in getattr(dataset, name)[rows]] for name, names in named}
+    obs = {}
+    for name in ("cell_line", "perturbation", "gem_group"):
+        names = np.array([*getattr(dataset, f"{name}s"), ""], object)
+        obs[name] = names[getattr(dataset, name)[rows]].tolist()
     uns = {"control": dataset.perturbations[0], "notes": notes, "embedding_genes": dataset.embedding_genes,
            "embeddings": dataset.embeddings}
     write_anndata(output, dataset.genes, obs, blocks(), len(rows), {"ptrag": uns}, inputs)
@@ -981,15 +929,15 @@ def align_genes(dataset, wanted, missing_share=0.0):
     problem = f"{dataset.name}: {len(missing)} of the {len(wanted)} genes needed are missing"
     if len(missing) > missing_share * len(wanted):
         raise DataError(f"{problem}: {listed(missing)}")
-    notes = [note for said, note in (
-        (missing, f"{problem} and count as zero: {listed(missing)}"),
-        (extra, f"{dataset.name}: {len(extra)} genes not needed are left out: {listed(extra)}"),
-        (numbered, f"{dataset.name}: genes are numbered, taken in the order of those needed")) if said]
+    notes = [f"{problem} and count as zero: {listed(missing)}"] if missing else []
+    if extra:
+        notes.append(f"{dataset.name}: {len(extra)} genes not needed are left out: {listed(extra)}")
+    if numbered:
+        notes.append(f"{dataset.name}: genes are numbered, taken in the order of those needed")
     columns = np.array([column.get(gene, -1) for gene in wanted], int)      # -1: the column of zeros put last
 
     def aligned(rows):
-        values = dataset.expression[rows]
-        return np.append(values, np.zeros((len(values), 1), np.float32), axis=1)[:, columns]
+        return np.pad(dataset.expression[rows], ((0, 0), (0, 1)))[:, columns]
     return aligned, notes
 
 
@@ -1014,11 +962,9 @@ def split(dataset, rule, seed=0):
     "FILE.toml"          the field's split files: lines in [zeroshot], lists of perturbations in [fewshot].
     """
     kind, _, value = str(rule).partition(":")
-    names = [(dataset.cell_lines[line].lower(), dataset.perturbations[p]) for line, p in dataset.conditions()]
-    lines, notes = listed(dataset.cell_lines, 20), []
+    conditions, notes = dataset.conditions(), []
+    names = [(dataset.cell_lines[line].lower(), dataset.perturbations[p]) for line, p in conditions]
     if kind == "cell-line":
-        if value.lower() not in map(str.lower, dataset.cell_lines):
-            raise DataError(f"{dataset.name}: no cell line {value!r} to hold out; it has {lines}")
         part = cut({name for line, name in names if line == value.lower()}, seed)
         parts = [part[name] if line == value.lower() else "train" for line, name in names]
     elif kind == "perturbation" and value in ("0", "1", "2"):
@@ -1028,13 +974,12 @@ def split(dataset, rule, seed=0):
         parts = split_file(rule, names, notes)
     else:
         raise DataError(f"split {rule!r}: known are cell-line:NAME, perturbation:0, 1 and 2, and FILE.toml")
-    found = {part: [pair for pair, its in zip(dataset.conditions(), parts) if its == part]
-             for part in ("train", "val", "test")}
-    for part in ("train", "test"):
-        if not found[part]:
-            raise DataError(f"{dataset.name}: split {rule!r} leaves nothing to {part} of the {len(parts)} "
-                            f"conditions; the cell lines are {lines}")
-    return Split(*found.values(), notes)
+    train, validation, test = ([pair for pair, its in zip(conditions, parts) if its == part]
+                               for part in ("train", "val", "test"))
+    if not train or not test:
+        raise DataError(f"{dataset.name}: split {rule!r} leaves nothing to {'test' if train else 'train'}; "
+                        f"the cell lines are {listed(dataset.cell_lines, 20)}")
+    return Split(train, validation, test, notes)
 
 
 def cut(names, seed, fold=0):
@@ -1049,46 +994,36 @@ def read_split_file(path):
     """The sections of a split file: (datasets that train, {"dataset.line": part or {part: [names]}})."""
     with reading(path), open(path, "rb") as file:
         table = tomllib.load(file)
-    sections = [table.get(name, {}) for name in ("training", "zeroshot", "fewshot")]
-    if not any(sections) or not all(isinstance(section, dict) for section in sections):
-        raise DataError(f"{path}: is no split file: it needs a section [training], [zeroshot] or [fewshot]")
-    training, zeroshot, fewshot = sections
-    for key, value in zeroshot.items():
-        if value not in ("train", "val", "test"):
-            raise DataError(f'{path}: [zeroshot] {key}: expected "dataset.line" = "train", "val" or "test"')
-    for key, value in fewshot.items():
-        known = isinstance(value, dict) and set(value) <= {"train", "val", "test"}
-        lists = list(value.values()) if known else [0]
-        texts = [name for names in lists for name in (names if isinstance(names, list) else [0])]
-        if not all(isinstance(name, str) for name in texts):
-            raise DataError(f'{path}: [fewshot."{key}"]: expected lists of perturbations train, val, test')
-        if len(set(texts)) < sum(len(set(names)) for names in lists):
-            raise DataError(f'{path}: [fewshot."{key}"] puts a perturbation into two parts')
-    lines = [key.partition(".")[2].lower() for key in [*zeroshot, *fewshot]]
-    if "" in lines or len(set(lines)) < len(lines):
-        raise DataError(f"{path}: each cell line must be named once, as dataset.line ({listed(lines)})")
-    return {name for name, use in training.items() if use == "train"}, zeroshot | fewshot
+        training, zeroshot, fewshot = (table.get(name, {}) for name in ("training", "zeroshot", "fewshot"))
+        if not (training or zeroshot or fewshot):
+            raise ValueError("no section [training], [zeroshot] or [fewshot]")
+        for key, rule in [*zeroshot.items(), *fewshot.items()]:
+            lists = rule if isinstance(rule, dict) else {rule: []}
+            names = [name for names in lists.values() for name in dict.fromkeys(names)]
+            if set(lists) - {"train", "val", "test"} or set(map(type, lists.values())) - {list}:
+                raise ValueError(f"{key}: expected train, val or test, or a list of perturbations for each")
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+                raise ValueError(f"{key}: perturbations must be text, each in one part")
+        lines = [key.partition(".")[2].lower() for key in [*zeroshot, *fewshot]]
+        if "" in lines or len(set(lines)) < len(lines):
+            raise ValueError(f"each cell line must be named once, as dataset.line ({listed(lines)})")
+        return {name for name, use in training.items() if use == "train"}, zeroshot | fewshot
 
 
 def split_file(path, conditions, notes):
-    """The part of each condition (cell line in small letters, perturbation) or None; adds to the notes.
-
-    Lines are found by name in the data, whichever dataset of the file they stand under.
-    """
+    """The part of each condition (cell line in small letters, perturbation) or None; adds to the notes."""
     training, rules = read_split_file(path)
-    lines, known, unknown_lines = {line for line, _ in conditions}, set(conditions), []
-    parts = dict.fromkeys(conditions, "train" if training else None)
+    parts, unknown_lines = dict.fromkeys(conditions, "train" if training else None), []
     for key, rule in rules.items():
-        owner, _, line = key.partition(".")
-        if line.lower() not in lines:
+        owner, _, line = key.partition(".")             # found by the line's name, whatever the dataset's
+        here = {name for at, name in conditions if at == line.lower()}
+        if not here:
             unknown_lines.append(line)
+            continue
+        listing = {} if isinstance(rule, str) else {name: part for part in rule for name in rule[part]}
         default = rule if isinstance(rule, str) else "train" if owner in training else None
-        parts |= {(at, name): default for at, name in conditions if at == line.lower()}
-        listing = {} if isinstance(rule, str) else rule
-        listing = {(line.lower(), name): part for part, names in listing.items() for name in names}
-        parts |= {condition: part for condition, part in listing.items() if condition in known}
-        unknown = [name for at, name in listing if (at, name) not in known and at in lines]
-        if unknown:
+        parts |= {(line.lower(), name): listing.get(name, default) for name in here}
+        if unknown := [name for name in listing if name not in here]:
             notes.append(f"{path}: {len(unknown)} perturbations listed for {line} are not in the data: "
                          f"{listed(unknown)}")
     if unknown_lines:
@@ -1120,7 +1055,7 @@ def paired_controls(dataset, rng, cell_line, gem_groups, avoid=()):
     controls = np.empty(len(gem_groups), np.int64)
     for gem_group in np.unique(gem_groups):
         where = np.flatnonzero(gem_groups == gem_group)
-        pool = dataset.control_cells(cell_line, gem_group)
+        pool = dataset.cells(cell_line, 0, gem_group)
         pool = pool if len(pool) else dataset.cells(cell_line, 0)
         others = np.setdiff1d(pool, avoid) if len(avoid) else pool
         controls[where] = pick(rng, others if len(others) else pool, len(where))
@@ -1143,32 +1078,25 @@ class SetSampler:
     def draw(self, step, sets) -> Batch:
         """The sets numbered `sets` of a step; set i depends on (seed, step, i) alone: ranks share them."""
         dataset, sets = self.dataset, list(sets)
+        picked = np.empty((2, len(sets)), np.int64)  # (2, B): cell lines, perturbations
         targets, controls = np.empty((2, len(sets), self.cells), np.int64)  # (B, S) each
-        picked = np.empty((len(sets), 2), np.int64)
         for place, number in enumerate(sets):
             rng = np.random.default_rng([self.seed, step, number])
-            line, perturbation = picked[place] = self.conditions[rng.integers(len(self.conditions))]
+            line, perturbation = picked[:, place] = self.conditions[rng.integers(len(self.conditions))]
             targets[place] = pick(rng, dataset.cells(line, perturbation), self.cells)
             avoid = targets[place] if perturbation == 0 else ()
             controls[place] = paired_controls(dataset, rng, line, dataset.gem_group[targets[place]], avoid)
-        shape = (len(sets), self.cells, dataset.expression.shape[1])
-        return Batch(control=dataset.expression[controls.ravel()].reshape(shape),  # (B, S, G)
-                     target=dataset.expression[targets.ravel()].reshape(shape),  # (B, S, G)
-                     perturbation=picked[:, 1].copy(), cell_line=picked[:, 0].copy(),  # (B,)
-                     gem_group=dataset.gem_group[controls].astype(np.int64))  # (B, S)
+        return Batch(dataset.expression[controls], dataset.expression[targets],  # (B, S, G) each
+                     picked[1], picked[0], dataset.gem_group[controls].astype(np.int64))
 
 
 def prefetch(sampler, steps, sets):
     """Yields the batch of each step in order; the next one is drawn in a thread meanwhile."""
-    sets, waiting = list(sets), None
+    sets = list(sets)
     with ThreadPoolExecutor(1) as thread:
-        for step in steps:
-            coming = thread.submit(sampler.draw, step, sets)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+        batches = (thread.submit(sampler.draw, step, sets) for step in steps)
+        for batch, _ in itertools.pairwise(itertools.chain(batches, [None])):   # the next one is submitted
+            yield batch.result()
 
 
 def evaluation_cells(dataset, condition, seed, max_cells=1000, multiple_of=1):
@@ -1240,7 +1168,7 @@ def simulate(seed=0, cell_lines=4, perturbations=80, genes=200, cells=40, contro
                    ["simulated data, not measured cells"])
 
 
-# -------------------------------------------------------------------------- runs and their folders
+# -------------------------------------------------------------------- runs and the command line
 
 UNITS = "log1p of counts normalised to 10,000 per cell; perturbed as in the data, knocked down or activated"
 
@@ -1294,21 +1222,17 @@ def claim(name, stem, config):
     raise DataError(f"{folder}: exists; choose another --name, or continue it with --resume {folder}")
 
 
-# ------------------------------------------------------------------------------------ command line
-
 def info(path, say=say, **options):
     """Prints what a person wants to know of a file before a run, from its labels. Options as in `load`."""
-    dataset = recognise(path, need_embeddings=False, **options)
-    matrix, conditions, perturbations = dataset.expression, dataset.conditions(), dataset.perturbations[1:]
-    if not conditions:
-        raise DataError(f"{path}: holds no perturbed cells, only controls: there is nothing to train on")
-    absent = sorted(set(perturbations) - set(dataset.embedding_genes)) if dataset.embedding_genes else []
+    dataset = recognise(path, need_embeddings=None, **options)
+    matrix, conditions = dataset.expression, dataset.conditions()
     chosen = f"; the {matrix.choose:,} most variable will be used" if matrix.choose else ""
     sizes = np.array([len(dataset.cells(*condition)) for condition in conditions])
+    genes, width = dataset.embeddings.shape
     say(f"{path}: {matrix.key} {matrix.layout}, {'counts' if matrix.counts else 'log-normalised'}")
     say(f"cells         {(dataset.cell_line >= 0).sum():,} to use")
     say(f"genes         {len(dataset.genes):,}{chosen} ({listed(dataset.genes, 3)})")
-    say(f"perturbations {len(perturbations):,} and the control {dataset.perturbations[0]!r}")
+    say(f"perturbations {len(dataset.perturbations) - 1:,} and the control {dataset.perturbations[0]!r}")
     say(f"gem groups    {len(dataset.gem_groups):,}")
     say(f"conditions    {len(conditions):,} (cell line x perturbation) of {sizes.min():,} to {sizes.max():,} "
         f"cells, median {np.median(sizes):,.0f}")
@@ -1316,14 +1240,7 @@ def info(path, say=say, **options):
         cells, controls = (dataset.cell_line == number).sum(), len(dataset.cells(number, 0))
         own = sum(first == number for first, _ in conditions)
         say(f"  {line}: {cells:,} cells, {controls:,} controls, {own:,} perturbations")
-    say(f"embeddings    for {len(perturbations) - len(absent):,} of {len(perturbations):,} perturbations "
-        f"({len(dataset.embedding_genes):,} genes x {dataset.embeddings.shape[1]})"
-        if dataset.embedding_genes else "embeddings    none; give them with --genept")
-    if absent:                                          # the splits are those of a run
-        say(f"  without one, left out of a run: {listed(absent)}")
-        used = ~np.isin(dataset.perturbation, [dataset.perturbations.index(name) for name in absent])
-        dataset = replace(dataset, cell_line=np.where(used, dataset.cell_line, -1),
-                          perturbation=np.where(used, dataset.perturbation, -1))
+    say(f"embeddings    {f'{genes:,} genes x {width}' if genes else 'none; give them with --genept'}")
     for rule in [f"cell-line:{line}" for line in dataset.cell_lines] + ["perturbation:0"]:
         try:
             parts = split(dataset, rule)
@@ -1349,8 +1266,7 @@ def command_line(argv):
                 ("batch-column", "NAME", "obs column of the gem group"),
                 ("control", "LABEL", "perturbation label of the control cells")):
             command.add_argument(f"--{option}", metavar=metavar, help=text)
-        command.add_argument("--hvg", type=int, default=2000, metavar="N",
-                             help="genes to choose without obsm/X_hvg (2000)")
+        command.add_argument("--hvg", type=int, default=2000, metavar="N", help="genes to choose (2000)")
     command.add_argument("--all-embeddings", action="store_true", help="keep those of other genes, too")
     command.add_argument("-o", "--output", required=True, metavar="OUT.h5", help="the file to write")
     options = vars(parser.parse_args(argv))

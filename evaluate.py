@@ -21,7 +21,7 @@ import math
 import sys
 import textwrap
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -45,6 +45,7 @@ CONDITION_COLUMNS.insert(CONDITION_COLUMNS.index("pearson_delta"), "n_deg")
 COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]   # all that is measured
 ANCHORS = "other real half (ceiling)", "its mean, repeated (collapse)", "no change (floor)"
 CEILING, COLLAPSE, FLOOR = ANCHORS
+HIGHEST = math.log1p(10_000)                               # of a gene that has all counts of its cell
 ALL_CELLS, EQUAL_COUNTS = 0, 1                             # compared: all cells, or as many as anchors have
 
 
@@ -58,8 +59,8 @@ class Moments(NamedTuple):
 
 
 def add_up(blocks, square):
-    """Count and mean of cells in blocks (n, G); means of the cells less the first mean, and of their
-    `square`."""
+    """Count and mean of cells in blocks (n, G); means of the cells less a first mean, and of their `square`.
+    """
     count, shift, total, squares = 0, None, 0.0, 0.0
     for block in blocks:
         block = np.asarray(block, dtype=np.float64)
@@ -106,9 +107,8 @@ def student_t_tail(t, freedom):
 
 
 def welch_test(a, b):
-    """Two-sided p value (G,) of Welch's t test per gene of two `Moments`; freedom by Welch-Satterthwaite.
-    Genes constant on both sides: 1 where the means agree, 0 where they differ. nan where a side has one cell.
-    """
+    """Two-sided p value (G,) of Welch's t test per gene of two `Moments`, nan where a side has one cell;
+    freedom by Welch-Satterthwaite. Genes constant on both sides: 1 where the means agree, else 0."""
     share_a, share_b = a.variance / a.count, b.variance / b.count
     difference, error = a.mean - b.mean, share_a + share_b
     with np.errstate(all="ignore"):
@@ -154,19 +154,14 @@ def mmd(x, y):
     mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j) with
     k(a, b) = exp(-|a - b|^2 / (2 s^2)), s the median non-zero distance among the n + m pooled points
     (Gretton et al. 2012). Near 0, also below it, for equal distributions."""
-    n, m = x.shape[1], y.shape[1]
-    if n < 2 or m < 2:
-        return torch.full((len(x),), math.nan)
-    above, values = torch.triu_indices(n + m, n + m, offset=1), []
+    n, values = x.shape[1], []
+    within = lambda kernel: (kernel.sum() - len(kernel)) / (len(kernel) * (len(kernel) - 1))
     for points in torch.cat([x, y], dim=1):  # one population at a time: (n + m)^2 distances each
         distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")  # exact zeros
-        pairs = distance[above[0], above[1]].numpy()
-        scale = float(np.median(pairs[pairs > 0])) if pairs.any() else 1.0
-        kernel = torch.exp(-distance.double() ** 2 / (2 * scale ** 2))
-        within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))
-        within_y = (kernel[n:, n:].sum() - m) / (m * (m - 1))
-        values.append(float(within_x + within_y - 2 * kernel[:n, n:].mean()))
-    return torch.tensor(values)
+        pairs = distance[distance > 0].numpy()
+        kernel = torch.exp(distance.double() ** 2 / (-2 * (np.median(pairs) if len(pairs) else 1.0) ** 2))
+        values.append(within(kernel[:n, :n]) + within(kernel[n:, n:]) - 2 * kernel[:n, n:].mean())
+    return torch.stack(values)
 
 
 def discrimination(means, profiles, truth, excluded, cosine=False):
@@ -187,10 +182,8 @@ def discrimination(means, profiles, truth, excluded, cosine=False):
 @dataclass
 class Line:
     """What the conditions of a cell line are measured against; first axis of 2: ALL_CELLS, EQUAL_COUNTS.
-
-    At equal counts, deltas subtract the mean of one half of the control cells from the real cells and that of
-    the other half from what is set against them: a mean both sides share would correlate them by its noise.
-    """
+    At equal counts the mean of one half of the control cells is subtracted from the real cells, that of the
+    other half from what is set against them: a mean both share would correlate them by its noise."""
     control: Moments         # of all its real control cells
     centre: torch.Tensor     # (G,) PCA: the mean of the evaluated perturbed cells
     axes: torch.Tensor       # (G, d)
@@ -248,11 +241,11 @@ def condition_rows(real_cells, populations, line, comparison, truth, excluded):
     result = np.full((len(populations), len(COLUMNS)), np.nan)
     real_points, real = line.population(real_cells)[0], moments([real_cells])
     profiles, (real_control, control) = line.profiles[comparison], np.float32(line.subtracted[comparison])
-    sizes = np.array([len(points) for points, _ in populations])
-    for size in set(sizes.tolist()):
-        chosen = np.flatnonzero(sizes == size)
-        points = torch.stack([populations[i][0] for i in chosen])  # (P', m, d)
-        means = np.stack([populations[i][1] for i in chosen])  # (P', G)
+    sizes = [len(points) for points, _ in populations]
+    for size in set(sizes):
+        chosen = [i for i, own in enumerate(sizes) if own == size]
+        points, means = zip(*(populations[i] for i in chosen))
+        points, means = torch.stack(points), np.stack(means)  # (P', m, d), (P', G)
         value = point_metrics(real_points, points) | mean_metrics(real, means, line, comparison)
         value["discrimination"] = discrimination(means, profiles, truth, excluded)
         deltas = means - control, profiles - real_control
@@ -298,16 +291,15 @@ class Results:
 def pool_results(parts):
     """`Results` of several splits as one; a row that a split does not have is nan there."""
     rows = list(dict.fromkeys(row for part in parts for row in part.rows))
-    C = [len(part.splits) for part in parts]
-    pooled = Results(parts[0].dataset, [], rows, np.full((2, len(rows), sum(C), len(COLUMNS)), np.nan),
-                     np.concatenate([part.counts for part in parts]), [], [],
-                     np.concatenate([part.untrained for part in parts]))
-    for part, end in zip(parts, itertools.accumulate(C)):
-        pooled.measured[:, [rows.index(row) for row in part.rows], end - len(part.splits):end] = part.measured
-        for name in ("conditions", "points", "splits"):
-            getattr(pooled, name).extend(getattr(part, name))
-        pooled.notes += [f"{part.splits[0]}: " * (len(parts) > 1) + note for note in part.notes]
-    return pooled
+    measured = [np.full((2, len(rows), len(part.splits), len(COLUMNS)), np.nan) for part in parts]
+    for values, part in zip(measured, parts):
+        values[:, [rows.index(row) for row in part.rows]] = part.measured
+        part.notes = [f"{part.splits[0]}: " * (len(parts) > 1) + note for note in part.notes]
+    joined = {name: [item for part in parts for item in getattr(part, name)]
+              for name in ("conditions", "points", "splits", "notes")}
+    return Results(parts[0].dataset, rows=rows, measured=np.concatenate(measured, axis=2), **joined,
+                   counts=np.concatenate([part.counts for part in parts]),
+                   untrained=np.concatenate([part.untrained for part in parts]))
 
 
 def names_of(dataset, condition):
@@ -315,8 +307,7 @@ def names_of(dataset, condition):
 
 
 def seeded_subset(names, count, size, seed):
-    """`size` of `count` numbers, drawn from seed and names alone; of count // 2, the rest is the other
-    one."""
+    """`size` of `count` numbers, drawn from seed and names; of count // 2, the rest is the other one."""
     generator = np.random.default_rng([seed, zlib.crc32(":".join(names).encode())])
     return np.sort(generator.permutation(count)[count - size:])
 
@@ -328,8 +319,7 @@ def halves(names, count, seed):
 
 
 def control_moments(dataset, lines, seed=0):
-    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves. `DataError` without
-    any."""
+    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves; else `DataError`."""
     of = lambda rows: moments(dataset.expression[rows[i:i + 1000]] for i in range(0, len(rows), 1000))
     found = {}
     for line in set(lines):
@@ -344,25 +334,24 @@ def control_moments(dataset, lines, seed=0):
 
 def describe_line(dataset, conditions, control, pick, seed):
     """`Line` of the conditions of a cell line; pick: condition -> rows of real and of control cells."""
-    means = [], []
+    means, (of_all, of_halves) = [], control
 
     def real_cells():
         for condition in conditions:
             cells = dataset.expression[pick(condition)[0]]
             half_a, _ = halves(names_of(dataset, condition), len(cells), seed)
-            for kept, chosen in zip(means, (cells, cells[half_a])):
-                kept.append(chosen.mean(0, dtype=np.float64))
+            means.append([part.mean(0, dtype=np.float64) for part in (cells, cells[half_a])])
             yield cells
 
-    of_all, of_halves = control
-    return Line(of_all, *fit_pca(real_cells()), np.float32(means), np.stack([[of_all.mean] * 2, of_halves]))
+    pca = fit_pca(real_cells())
+    return Line(of_all, *pca, np.float32(means).swapaxes(0, 1), np.stack([[of_all.mean] * 2, of_halves]))
 
 
 def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures anchors, baselines and contenders on every condition, a cell line after the other: `Results`.
     baselines: label -> condition -> response (G,); controls: see `control_moments`."""
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [(c.label, c.seed) for c in contenders]
-    C = len(conditions)
+    C, impossible = len(conditions), 0
     results = Results(dataset, conditions, rows, np.full((2, len(rows), C, len(COLUMNS)), np.nan),
                       np.zeros((C, 2), int), [{}] * C, [""] * C, np.zeros(C, bool))
     if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
@@ -372,34 +361,35 @@ def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_ce
         of_line = [i for i, (line, _) in enumerate(conditions) if line == code]
         line = describe_line(dataset, [conditions[i] for i in of_line], controls[code], pick, seed)
         for truth, i in enumerate(of_line):
-            measure_condition(results, i, line, truth, pick(conditions[i]), contenders, baselines, seed)
+            predicted = [contender.cells(conditions[i]) for contender in contenders]
+            measure_condition(results, i, line, truth, pick(conditions[i]), predicted, baselines, seed)
+            impossible += sum(int((population > HIGHEST).sum()) for population in predicted)
             if sys.stdout.isatty():
                 done = (results.counts[:, 0] > 0).sum()
                 print(f"\revaluating condition {done} of {C}", end="" if done < C else "\r\x1b[K", flush=True)
+    if impossible:
+        results.notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
     return results
 
 
-def measure_condition(results, i, line, truth, cells, contenders, baselines, seed):
-    """Condition i, profile `truth` of its line, into `results`; cells: rows of real and of control cells."""
+def measure_condition(results, i, line, truth, cells, predicted, baselines, seed):
+    """Condition i, profile `truth` of its line, into `results`; cells: rows of real and of control cells;
+    predicted: cells (m, G) of each contender."""
     dataset, condition = results.dataset, results.conditions[i]
     names, (real, control) = names_of(dataset, condition), (dataset.expression[rows] for rows in cells)
     excluded = np.isin(dataset.genes, names[1].split("+"))
-    predicted = [contender.cells(condition) for contender in contenders]
     half_a, half_b = halves(names, len(real), seed)
     half_b = half_b[:min([len(half_b), *map(len, predicted)])]
-    shifted = (np.maximum(control + response[condition], 0) for response in baselines.values())  # log1p >= 0
-    whole, equal = [], []
-    for population in itertools.chain([control], shifted, predicted):
-        whole.append(line.population(population))
-        if len(half_b):
-            chosen = seeded_subset(names, len(population), len(half_b), seed)
-            equal.append(line.population(population[chosen]))
+    shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
+    populations = [control, *shifted, *predicted]
+    whole = list(map(line.population, populations))
     results.measured[ALL_CELLS, 2:, i] = condition_rows(real, whole, line, ALL_CELLS, truth, excluded)
     if len(half_b):
         mean = np.float32(real[half_b].mean(0, keepdims=True, dtype=np.float64))
-        anchors = [line.population(real[half_b]), line.population(np.repeat(mean, len(half_b), axis=0))]
+        equal = [real[half_b], np.repeat(mean, len(half_b), axis=0)]  # ceiling and collapse
+        equal += [cells[seeded_subset(names, len(cells), len(half_b), seed)] for cells in populations]
         results.measured[EQUAL_COUNTS, :, i] = condition_rows(
-            real[half_a], anchors + equal, line, EQUAL_COUNTS, truth, excluded)
+            real[half_a], list(map(line.population, equal)), line, EQUAL_COUNTS, truth, excluded)
     results.counts[i] = len(real), len(predicted[0]) if predicted else len(real)
     pictured = next((k for k, row in enumerate(results.rows[2:]) if row[0] == results.reference), -1)
     pictures = {"control": whole[0], "real": line.population(real), "predicted": whole[pictured]}
@@ -455,31 +445,30 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
     training, validation: condition -> measured response (G,). Means: of the line's training conditions; of
     the gene's in the other lines (the line's where it has none); of the line's `top_k` training genes with
     the most similar embeddings. Ridge regression, its penalty chosen on validation conditions."""
-    embeddings = dataset.perturbation_embeddings()
+    embeddings, trained = dataset.perturbation_embeddings(), {line for line, _ in training}
     sets = {line: training_set(training, line) for line in sorted({line for line, _ in conditions})}
     penalty = choose_penalty(embeddings, training, {c: r for c, r in validation.items() if c[0] in sets})
     fewest = min(len(genes) for genes, _ in sets.values())
     k = min(top_k, fewest - 1)  # a gene is not its own neighbour
     means, elsewhere, nearest, learned = {}, {}, {}, {}
     for line, (genes, responses) in sets.items():
-        predict = ridge(embeddings[genes], responses, penalty)
+        mean, predict = responses.mean(0), ridge(embeddings[genes], responses, penalty)
         neighbours, _ = ptrag.retrieve(torch.tensor(embeddings), torch.tensor(genes), k)
         for p in [p for code, p in conditions if code == line]:
             others = [response for (code, q), response in training.items() if q == p and code != line]
-            means[line, p] = responses.mean(0)
+            means[line, p], learned[line, p] = mean, predict(embeddings[[p]])[0]
             elsewhere |= {(line, p): np.mean(others, axis=0)} if others else {}
             nearest |= {(line, p): responses[np.isin(genes, neighbours[p])].mean(0)} if k else {}
-            learned[line, p] = predict(embeddings[[p]])[0]
-    notes = [f"ridge penalty {penalty:g} (times the mean eigenvalue), chosen on {len(validation)} conditions"]
-    if missing := len(conditions) - len(elsewhere):
-        fallen = f"gene in the other lines: {missing} of {len(conditions)} conditions fall back on the line's"
-        nowhere = "no row for the gene's response in the other lines: it is not trained there"
-        notes.append(f"{fallen} mean" if elsewhere else nowhere)
-    if k < top_k:
-        notes.append(f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes")
-    trained = {line for line, _ in training}
-    if borrowing := [dataset.cell_lines[line] for line in sets if line not in trained]:
-        notes.append(f"no training conditions in {data.listed(borrowing)}: its baselines use the other lines")
+    missing = len(conditions) - len(elsewhere)
+    borrowing = data.listed(dataset.cell_lines[line] for line in sets if line not in trained)
+    penalised = f"ridge penalty {penalty:g} (times the mean eigenvalue)"
+    fallen = f"{missing} of {len(conditions)} conditions fall back on the line's mean"
+    notes = [note for occurs, note in (
+        (True, f"{penalised}, chosen on {len(validation)} conditions"),
+        (missing and elsewhere, f"gene in the other lines: {fallen}"),
+        (not elsewhere, "no row for the gene's response in the other lines: it is not trained there"),
+        (k < top_k, f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes"),
+        (borrowing, f"no training conditions in {borrowing}: its baselines use the other lines")) if occurs]
     found = {"line's mean response": means, "gene in the other lines": elsewhere and means | elsewhere,
              f"{k} nearest genes": nearest, "ridge on embeddings": learned}
     return {label: response for label, response in found.items() if response}, notes
@@ -521,11 +510,6 @@ def deviation(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def better_than(value, other, sign):
-    """True where `value` is the better one by more than rounding; sign: +1 larger is better, -1 smaller."""
-    return (value - other) * sign > 1e-6 * np.maximum(np.abs(value), np.abs(other))
-
-
 def summarise(results):
     """One dict per row of the table and metric, as written to summary.csv. Over all cells: mean;
     standard_error over the `conditions` that count, seeds averaged in each; spread of the seeds' means. At
@@ -535,6 +519,7 @@ def summarise(results):
     untrained: conditions in which a one-hot row uses a column that nothing has trained."""
     summary = []
     for label, (metric, (_, sign)) in itertools.product(results.labels, METRICS.items()):
+        better = lambda a, b: (a - b) * sign > 1e-6 * np.maximum(np.abs(a), np.abs(b))  # more than rounding
         values, equal = results.values(label, metric, ALL_CELLS), results.values(label, metric)
         per_condition = average(values, 0)[~np.isnan(values).all(0)]
         anchors = np.stack([results.values(name, metric)[0] for name in ANCHORS])
@@ -549,18 +534,18 @@ def summarise(results):
             "conditions": len(per_condition), "seeds": len(values), "spread": deviation(average(values, 1)),
             "monte_carlo_error": float(average(error)), "mean_equal": mean_equal,
             "spread_equal": deviation(equal_means), "floor": floor, "ceiling": ceiling, "collapse": collapse,
-            "position": (mean_equal - floor) / gap if better_than(ceiling, floor, sign) else math.nan,
-            "narrow": int(better_than(collapse, ceiling, sign) and abs(collapse - ceiling) > 1e-3 * abs(gap)),
+            "position": (mean_equal - floor) / gap if better(ceiling, floor) else math.nan,
+            "narrow": int(better(collapse, ceiling) and abs(collapse - ceiling) > 1e-3 * abs(gap)),
             "p": math.nan, "p_adjusted": math.nan, "reference_better": math.nan, "compared": 0,
             "untrained": int(results.untrained.sum()) if label.split("/")[-1] == "state" else 0}
         if results.reference not in (None, label) and label not in (CEILING, COLLAPSE):
             pair = np.stack([average(equal, 0), average(results.values(results.reference, metric), 0)])
             theirs, ours = pair[:, ~np.isnan(pair).any(0)]
             row |= {"p": mann_whitney(theirs, ours), "compared": len(ours),
-                    "reference_better": int(better_than(ours, theirs, sign).sum())}
+                    "reference_better": int(better(ours, theirs).sum())}
         summary.append(row)
-    for row, p in zip(summary, benjamini_hochberg([row["p"] for row in summary])):
-        row["p_adjusted"] = float(p)
+    for row, p in zip(summary, benjamini_hochberg([row["p"] for row in summary]).tolist()):
+        row["p_adjusted"] = p
     return summary
 
 
@@ -569,14 +554,14 @@ def summarise(results):
 def line_overlap(groups, cells, generator):
     """Overlap of the sets selected for a gene in two cell lines: (pairs, 3) of the Jaccard overlap, the same
     under shuffled lines, and whether both are of one model.
-    groups: (split, seed, cell line, perturbation) -> rows of retrieval.csv; cells: (split, line,
-    perturbation) -> count. A set: what more than half of the cells select. Shuffled: the cells of both lines
-    are pooled and cut anew, which keeps how often a candidate is selected and forgets in which line."""
-    of_gene, overlaps = {}, []
-    for key in groups:
-        of_gene.setdefault((key[1], key[3]), []).append(key)
-    for a, b in itertools.chain.from_iterable(itertools.combinations(keys, 2) for keys in of_gene.values()):
-        if a[2] != b[2]:
+    groups: (split, seed, line, gene) -> rows of retrieval.csv; cells: (split, line, gene) -> count. A set:
+    what more than half of the cells select. Shuffled: the cells of both lines are pooled and cut anew, which
+    keeps how often a candidate is selected and forgets in which line."""
+    of_gene, overlaps = lambda key: (key[1], key[3]), []
+    for _, keys in itertools.groupby(sorted(groups, key=of_gene), of_gene):
+        for a, b in itertools.combinations(keys, 2):
+            if a[2] == b[2]:
+                continue
             shares = [{row["candidate"]: row["selected"] for row in groups[key]} for key in (a, b)]
             n, m = (cells[split, line, gene] for split, _, line, gene in (a, b))
             used = [[share.get(name, 0) for name in sorted(shares[0] | shares[1])] for share in shares]
@@ -592,33 +577,27 @@ def response_similarity(dataset, groups, responses, pool):
     """(conditions, 5), nan where unknown: mean cosine of the query's measured response with those of its
     candidates, of the pool's other genes, of its selected and its unselected candidates; rank correlation
     over the candidates of selection probability and that cosine."""
-    @functools.cache
-    def cosines(line):  # one table a line
-        own = {names_of(dataset, condition)[1]: response for condition, response in responses.items()
-               if dataset.cell_lines[condition[0]] == line}
-        unit = np.stack(list(own.values()))  # (N, G)
-        unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-        return list(own), unit @ unit.T
-
-    found = []
+    unit, found = {}, []
+    for condition, response in responses.items():
+        line, gene = names_of(dataset, condition)
+        unit.setdefault(line, {})[gene] = response / max(np.linalg.norm(response), 1e-12)
+    table = {line: np.stack(list(genes.values())) for line, genes in unit.items()}  # (N, G) each
     for (*_, line, p), rows in groups.items():
-        genes, table = cosines(line)
-        cosine = dict(zip(genes, table[genes.index(p)].tolist()))
+        cosine = dict(zip(unit[line], (table[line] @ unit[line][p]).tolist()))
         del cosine[p]
-        known = [(row["candidate"], row["selected"] > 0.5) for row in rows if row["candidate"] in cosine]
         others = (pool & cosine.keys()) - {row["candidate"] for row in rows}
-        sets = [name for name, _ in known], others, *([name for name, is_used in known if is_used == used]
-                                                      for used in (True, False))
-        pairs = [(row["probability"], cosine[row["candidate"]]) for row in rows if row["candidate"] in cosine]
-        found.append([*(float(average(np.array([cosine[name] for name in names]))) for names in sets),
-                      float(pearson(*map(ranks, np.array(pairs).T))) if len(pairs) > 2 else math.nan])
-    return np.array(found).reshape(-1, 5)
+        known = [(row["selected"], row["probability"], cosine[row["candidate"]]) for row in rows
+                 if row["candidate"] in cosine]
+        selected, probability, similar = np.array(known).reshape(-1, 3).T
+        correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
+        found.append([average(similar), average(np.array([cosine[name] for name in others])),
+                      average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
+    return np.array(found, float).reshape(-1, 5)
 
 
 def describe_selection(probability):
-    """In words, where selection has settled. Dividing the logits by their spread keeps the mean margin within
-    -2 and 2, the mean probability within 0.12 and 0.88: candidates are used by chance near the one, all near
-    the other."""
+    """In words, where selection has settled. Dividing the logits by their spread keeps the mean probability
+    within 0.12 and 0.88: candidates are used by chance near the one, all near the other."""
     mean, spread = np.mean(probability), np.std(probability)
     state = ("has settled at none: nearly every cell's context is empty" if mean < 0.05 else
              "has settled at its noise floor, 0.12: what is used is chance" if mean <= 0.18 else
@@ -635,11 +614,11 @@ def describe_retrieval(results, candidates, tasks, empty):
     lines, pools = [], data.listed(dict.fromkeys(name for *_, name in tasks.values()))
     cells = {(split, *names_of(results.dataset, condition)): int(count) for split, condition, count
              in zip(results.splits, results.conditions, results.counts[:, 1])}
-    for label, rows in group(candidates, "label").items():
+    for (label,), rows in group(candidates, "label").items():
         groups = group(rows, "split", "seed", "cell_line", "perturbation")
-        similarity = np.concatenate([response_similarity(
-            results.dataset, {key: groups[key] for key in groups if key[0] == split}, responses, pool)
-            for split, (responses, pool, _) in tasks.items()])
+        of_split = lambda split: {key: rows for key, rows in groups.items() if key[0] == split}
+        similarity = np.concatenate([response_similarity(results.dataset, of_split(split), responses, pool)
+                                     for split, (responses, pool, _) in tasks.items()])
         near, random, used, unused, correlation = (
             f"{short(average(column))} ({(~np.isnan(column)).sum()})" for column in similarity.T)
         texts = [f"measured responses of candidates (pool {pools}) resemble the query's with cosine {near}, "
@@ -662,11 +641,10 @@ def describe_retrieval(results, candidates, tasks, empty):
 
 
 def group(rows, *names):
-    """Rows, dicts, by their values of some columns: value, or tuple of several, -> list of rows."""
+    """Rows, dicts, by their values of some columns: tuple of the values -> list of rows."""
     groups = {}
     for row in rows:
-        key = tuple(row[name] for name in names)
-        groups.setdefault(key if len(names) > 1 else key[0], []).append(row)
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
 
 
@@ -740,19 +718,14 @@ def footnotes(summary, reference):
 # -------------------------------------------------------------------------------------------------- report
 
 STYLE = """
-:root { color-scheme: light dark; --bg: light-dark(#fff, #16181b); --ink: light-dark(#1c1e21, #e7e9ec);
-  --soft: light-dark(#6a6f76, #9aa1aa); --line: light-dark(#d9dce0, #363a40); --base: #8a9099;
-  --c0: light-dark(#0b62c4, #69a9f5); --c1: light-dark(#c2570c, #f0995a); --c2: light-dark(#2a7d3a, #6fc381);
-  --c3: light-dark(#8b3fb0, #cb92ea); --c4: light-dark(#b0223f, #f0788f); --c5: light-dark(#4d6b75, #9fbcc6) }
-body { background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem }
-h2 { font-size: 1.15rem; margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure { margin: 0 }
-div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem }
-table { border-collapse: collapse; font-size: 13px } td { font-variant-numeric: tabular-nums }
-th, td { padding: .1rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-.stars { display: inline-block; text-align: left; width: 1.7em } figcaption { font-size: 13px }
-text { fill: var(--soft); font: 11px system-ui, sans-serif } .end { text-anchor: end }
-.middle { text-anchor: middle } path { fill: none } .frame { stroke: var(--line); fill: none }
+:root { color-scheme: light dark; --base: #8a9099; --c0: light-dark(#0b62c4, #69a9f5); --c1: #d96a1e;
+  --c2: #3d9a50; --c3: #a460c8; --c4: #d24a68; --c5: #6d8f9b }
+body { background: light-dark(#fff, #16181b); font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem }
+h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure { margin: 0 } figcaption, table { font-size: 13px }
+div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem } table { border-collapse: collapse }
+th, td { padding: .1rem .5rem; text-align: right; white-space: pre; border-bottom: 1px solid #8a909966 }
+:is(th, td):first-child { text-align: left } :is(th, td):not(:first-child) { font: 12px monospace }
+text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: none; stroke: #8a909966 }
 .dots { stroke-linecap: round; stroke-width: 4.5; stroke-opacity: .55 } .curve { stroke-width: 1.8 }
 """
 
@@ -760,42 +733,38 @@ text { fill: var(--soft); font: 11px system-ui, sans-serif } .end { text-anchor:
 def figure(title, series, x_ticks, y_ticks, width=330, height=180):
     """A plot as inline SVG: scale, legend, and dots or a line for each series.
     series: (name, colour, "dots" | "curve", points (k, 2)), in the legend if named. ticks: (value, text),
-    ascending: first and last span the axis, what lies beyond is drawn at its edge; none is drawn without
-    text."""
+    ascending: first and last span the axis, what lies beyond is drawn at its edge; drawn if it has a text."""
     share = lambda value, ticks: np.clip((value - ticks[0][0]) / max(ticks[-1][0] - ticks[0][0], 1e-12), 0, 1)
-    write = lambda x, y, text, kind="": (
-        f'<text x="{x:.0f}" y="{y:.0f}" class="{kind}">{html.escape(text)}</text>')
-    left = 50 if any(text for _, text in y_ticks) else 4
+    left = 12 + 6 * max(len(text) for _, text in y_ticks)
     x, y = lambda v: left + width * share(v, x_ticks), lambda v: 8 + height * (1 - share(v, y_ticks))
-    parts = [f'<rect class="frame" x="{left}" y="8" width="{width}" height="{height}"/>']
-    parts += [f'<path class="frame" d="M{x(v):.0f} 8v{height}"/>' + write(x(v), height + 22, name, "middle")
-              for v, name in x_ticks if name]
-    parts += [f'<path class="frame" d="M{left} {y(v):.0f}h{width}"/>' + write(left - 6, y(v) + 4, name, "end")
-              for v, name in y_ticks if name]
+    marks = [(f"{x(v):.0f} 8v{height}", x(v), height + 22, "middle", text) for v, text in x_ticks if text]
+    marks += [(f"{left} {y(v):.0f}h{width}", left - 6, y(v) + 4, "end", text) for v, text in y_ticks if text]
+    parts = [f'<rect x="{left}" y="8" width="{width}" height="{height}"/>']
+    parts += [f'<path d="M{line}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{html.escape(text)}'
+              "</text>" for line, a, b, anchor, text in marks]
     for _, colour, kind, points in series:
         pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[:, 0]), y(points[:, 1]))]
         path = "".join(f"M{pair}h0" for pair in pairs) if kind == "dots" else "M" + "L".join(pairs)
-        parts.append(f'<path class="{kind}" stroke="{colour}" d="{path}"/>' if pairs else "")
-    named, right = [(name, colour) for name, colour, _, _ in series if name], left + width
-    parts += [f'<rect x="{right + 8}" y="{11 + 15 * i}" width="9" height="9" fill="{colour}"/>'
-              + write(right + 22, 20 + 15 * i, name) for i, (name, colour) in enumerate(named)]
-    across = round(right + 30 + 6.3 * max((len(name) for name, _ in named), default=0))
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {across} {height + 28}" '
-            f'width="{across}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
+        parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' if pairs else "")
+    legend = "".join(f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
+                     for name, colour, *_ in series if name)
+    size = f'width="{left + width + 30}" height="{height + 28}"'
+    return (f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>"
+            f'<svg {size} role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
 
 
 def html_table(table, shade=False):
-    """A table of `make_tables` in HTML, stars in a column of their own; shade: by values between 0 and 1."""
-    def cell(text, tag="td"):
-        number = text.rstrip("* ")
-        stars = f'<span class="stars">{text[len(number):].strip()}</span>' * (text != number)
-        percent = 75 * float(number) if shade and number[:2] in ("0.", "1.") else 0
-        colour = f' style="background: color-mix(in srgb, var(--c0) {percent:.0f}%, #0000)"' * (percent > 0)
-        return f"<{tag}{colour}>{html.escape(number)}{stars}</{tag}>"
-    (title, headings), *rows = table
-    head = "".join(cell(text, "th") for text in (title, *headings))
-    body = "".join(f"<tr>{cell(label)}{''.join(map(cell, cells))}</tr>" for label, cells in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    """A table of `make_tables` in HTML; shade: its values lie between 0 and 1 and colour their cells."""
+    text = ""
+    for label, cells in table:
+        tag = "td" if text else "th"
+        text += f"<tr><{tag}>{html.escape(label)}</{tag}>"
+        for cell in cells:
+            percent = 75 * float(cell) if shade and tag == "td" and cell != "–" else 0
+            tint = f' style="background: color-mix(in srgb, var(--c0) {percent:.0f}%, #0000)"' * (percent > 0)
+            text += f"<{tag}{tint}>{html.escape(cell)}</{tag}>"
+        text += "</tr>"
+    return f"<table>{text}</table>"
 
 
 def strips(results, summary):
@@ -804,6 +773,8 @@ def strips(results, summary):
     cell = {(row["method"], row["metric"]): row for row in summary}
     labels = [label for label in results.labels if label not in ANCHORS]
     every, figures = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000), []
+    names = [(-row, label) for row, label in enumerate(labels)][::-1]
+    ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")], [(0.5 - len(labels), ""), *names, (0.5, "")]
     for metric, (heading, _) in METRICS.items():
         anchor, series = cell[labels[0], metric], []
         for row, label in enumerate(labels):
@@ -811,13 +782,11 @@ def strips(results, summary):
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
             bar = np.array([(cell[label, metric]["position"], -row + end) for end in (-0.4, 0.4)])
-            series += [(label, colour, "dots", np.stack([x, np.full(len(x), -row)], 1)[~np.isnan(x)]),
-                       ("", "var(--ink)", "curve", bar)]
+            series += [("", colour, "dots", np.stack([x, np.full(len(x), -row)], 1)[~np.isnan(x)]),
+                       ("", "currentColor", "curve", bar)]
         if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
-            x_ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")]
-            y_ticks = [(0.5 - len(labels), ""), (0.5, "")]
             title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
-            figures.append(figure(title, series, x_ticks, y_ticks, height=15 * len(labels)))
+            figures.append(figure(title, series, *ticks, height=15 * len(labels)))
     return figures
 
 
@@ -827,12 +796,11 @@ def training_figures(log):
     for column, title in (("energy", "energy distance of training sets"), ("validation", "validation"),
                           ("sparsity", "selection probability: share of candidates selected")):
         known = [row for row in log if math.isfinite(row[column]) and (row[column] or column != "sparsity")]
-        series, seen = [], set()
+        series = []
         for (label, *_), rows in group(known, "label", "split", "seed").items():
             points = np.array([(row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]])
-            colour = f"var(--c{labels.index(label) % 6})"
-            series.append((label * (label not in seen), colour, "curve", points))
-            seen.add(label)
+            name = label * all(label != other for other, *_ in series)
+            series.append((name, f"var(--c{labels.index(label) % 6})", "curve", points))
         if known:
             value, last = [row[column] for row in known], max(row["step"] for row in known)
             ends = (0, 1) if column == "sparsity" else (min(value), np.quantile(value, 0.98))
@@ -886,14 +854,13 @@ def write_report(path, title, results, summaries, retrieval, candidates, log):
         ("Cells", ["First two principal components, at most 60 cells each; a strong, a middling and a weak "
          f"perturbation; predicted by {results.reference or results.labels[-1]}."], scatters(results), [])]
     texts = lambda lines: "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-    body = [f"<h2>{html.escape(name)}</h2>{texts(before)}<div>{''.join(figures)}</div>{texts(after)}"
-            for name, before, figures, after in sections]
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>"
-            f"<h1>Predicted cell populations</h1>{''.join(body)}</body></html>")
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>Predicted cell populations</h1>")
+    for name, before, figures, after in sections:
+        page += f"<h2>{html.escape(name)}</h2>{texts(before)}<div>{''.join(figures)}</div>{texts(after)}"
     with data.atomic_output(path) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+        Path(temporary).write_text(page + "</html>", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- files of runs
@@ -902,6 +869,7 @@ RETRIEVAL_COLUMNS = ("method", "seed", "cell_line", "perturbation", "rank", "can
                      "probability", "selected")
 OF_THE_RUN = ("split", "name", "resume", "device", "threads", "group", "compile", "checkpoint_every", "model",
               "output", "preset", "predict", "cell_line")   # settings that make no other model
+OF_FILES = "control", *ptrag.COLUMNS, "hvg", "seed", "max_cells"   # settings of two files of cells
 
 
 def write_predictions(folder, models, dataset, split, config):
@@ -941,8 +909,8 @@ def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, 
     predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
     codes = {names_of(predicted, condition): condition for condition in predicted.conditions()}
-    obs = {"method": ["prediction"], "seed": [""], "nothing_selected": [math.nan]}
-    obs = {name: np.repeat(value, len(predicted.cell_line)) for name, value in obs.items()}
+    obs = {name: np.full(len(predicted.cell_line), value)
+           for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", math.nan))}
     with contextlib.suppress(*[data.DataError] * (prefix is None)):
         obs = data.read_obs(path, list(obs))
     method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
@@ -965,21 +933,20 @@ def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, 
 
 
 def read_run(folder, config, prefix, dataset, split, say=data.say):
-    """Contenders, notes and shares of a run as in `read_predictions`; rows of retrieval.csv and of log.csv:
-    dicts with label and split, numbers as float, nan where empty."""
+    """Contenders, notes of a run as in `read_predictions`, rows of retrieval.csv and of log.csv (dicts with
+    label and split, numbers as float, nan where empty), shares as in `read_predictions`."""
     path, tables = folder / "predictions.h5ad", []
     if not path.exists():
         raise data.DataError(f"{path}: no such file; the run was not finished (go on with --resume)")
     contenders, _, notes, empty = read_predictions(path, dataset, config.max_cells, config.seed, prefix, say)
     for name, numbers in (("retrieval.csv", ["probability", "selected"]),
                           ("log.csv", ["step", "energy", "validation", "sparsity"])):
+        tables.append([])
         try:
-            with open(folder / name, newline="", encoding="utf-8") as file:
-                tables.append([row | {"label": prefix + row["method"], "split": config.split}
-                               | {name: float(row[name] or "nan") for name in numbers}
-                               for row in csv.DictReader(file, strict=True)])
-        except FileNotFoundError:
-            tables.append([])
+            with contextlib.suppress(FileNotFoundError), open(folder / name, encoding="utf-8") as file:
+                for row in csv.DictReader(file, strict=True):
+                    row |= {number: float(row[number] or "nan") for number in numbers}
+                    tables[-1].append(row | {"label": prefix + row["method"], "split": config.split})
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             what = f"{type(error).__name__}: {error}"
             raise data.DataError(f"{folder / name}: damaged ({what}); train it again") from None
@@ -990,31 +957,33 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
             at = data.listed([row["method"], row["cell_line"], row["perturbation"]])
             raise data.DataError(f"{folder}/retrieval.csv: does not belong to the predictions beside it (at "
                                  f"{at}); train it again")
-    return contenders, notes, empty, *tables
+    return contenders, notes, *tables, empty
 
 
 def run_prefixes(folders, configs):
-    """What stands before the labels of each run: nothing if all are one model, of one or of several
-    splits."""
-    models, copies, (first, ours) = {}, collections.Counter(), (folders[0], asdict(configs[0]))
+    """What stands before the labels of each run: nothing if all are one model, of one or several splits."""
+    models, copies, ours = {}, collections.Counter(), asdict(configs[0])
     for i, (folder, config) in enumerate(zip(folders, configs)):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
             if theirs[name] != ours[name]:
-                raise data.DataError(f"{folder}: has {name} {theirs[name]!r}, {first} {ours[name]!r}; runs "
-                                     "on different cells cannot stand in one table")
+                raise data.DataError(f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; "
+                                     "runs on different cells cannot stand in one table")
         settings = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
         models.setdefault((settings, copies[settings, config.split]), []).append(i)
         copies[settings, config.split] += 1
-    unique, prefixes = len({folder.name for folder in folders}) == len(folders), {}
-    for model in models.values():
+    unique, prefixes = len({folder.name for folder in folders}) == len(folders), [""] * len(folders)
+    splits = [{configs[i].split for i in model} for model in models.values()]
+    for model, its in zip(models.values(), splits):
         head = folders[model[0]]
-        if {configs[i].split for i in model} != {configs[i].split for i in next(iter(models.values()))}:
+        if its != splits[0]:
             differs = [name for name, value in asdict(configs[model[0]]).items() if value != ours[name]]
-            raise data.DataError(f"{head}: differs from {first} in {data.listed(differs)}; runs are pooled "
-                                 "if they differ in the split alone, and side by side if they have the same")
-        prefixes |= dict.fromkeys(model, f"{head.name if unique else head}/" * (len(models) > 1))
-    return [prefixes[i] for i in range(len(folders))]
+            raise data.DataError(f"{head}: differs from {folders[0]} in {data.listed(differs)}; runs are "
+                                 "pooled if they differ in the split alone, and side by side if they have "
+                                 "the same")
+        for i in model if len(models) > 1 else []:
+            prefixes[i] = f"{head.name if unique else head}/"
+    return prefixes
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -1026,30 +995,32 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
     `full`. dataset, split: those of the first run, loaded anew if not given."""
     folders = [Path(folder) for folder in folders]
     configs = [ptrag.read_config(folder) for folder in folders]
-    runs = list(zip(folders, configs, run_prefixes(folders, configs)))
+    runs = {}
+    for run in zip(folders, configs, run_prefixes(folders, configs)):
+        runs.setdefault(run[1].split, []).append(run)
     if dataset is None:
         dataset, split = ptrag.open_data(configs[0])
     parts, tasks, empty, candidates, log = [], {}, {}, [], []
-    for rule in dict.fromkeys(config.split for config in configs):
-        config = next(config for config in configs if config.split == rule)
+    for rule, of_rule in runs.items():
+        config, contenders, notes = of_rule[0][1], [], []
         split = split if rule == configs[0].split else data.split(dataset, rule, config.seed)
-        contenders, notes = [], []
-        for run in [run for run in runs if run[1].split == rule]:
-            found = read_run(*run, dataset, split, say)
-            contenders, notes, empty = contenders + found[0], notes + found[1], empty | found[2]
-            candidates, log = candidates + found[3], log + found[4]
-        conditions, cut = split.train + split.validation + split.test, (config.seed, config.max_cells)
-        controls = control_moments(dataset, [line for line, _ in conditions], config.seed)
-        responses = mean_responses(dataset, conditions, controls, *cut)
+        for run in of_rule:
+            *found, shares = read_run(*run, dataset, split, say)
+            empty |= shares
+            for kept, new in zip((contenders, notes, candidates, log), found):
+                kept += new
+        fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
+        controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
+        responses = mean_responses(dataset, fitted + split.test, controls, *cut)
         known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
         baselines, said = baseline_responses(dataset, split.test, *known, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
         trained = {p for _, p in split.train}
         parts.append(replace(results, untrained=np.array([p not in trained for _, p in split.test]),
                              splits=[rule] * len(split.test), notes=results.notes + notes + said))
-        name, fitted = config.test_pool or config.pool, split.train + split.validation
-        pools = {"train": split.train, "trainval": fitted, "full": dataset.conditions()}
-        tasks[rule] = responses, {dataset.perturbations[p] for _, p in pools[name]}, name
+        pools, name = dict(train=split.train, trainval=fitted), config.test_pool or config.pool
+        pool = pools[name] if name in pools else dataset.conditions()
+        tasks[rule] = responses, {dataset.perturbations[p] for _, p in pool}, name
     results = pool_results(parts)
     retrieval = describe_retrieval(results, candidates, tasks, empty)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
@@ -1058,7 +1029,7 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
 
 def evaluate_files(options, say=data.say):
     """Evaluates anyone's predicted cells against real ones, both AnnData files: the rows of summary.csv."""
-    columns = {name: value for name, value in vars(options).items() if name == "control" or "_column" in name}
+    columns = {name: getattr(options, name) for name in ("control", *ptrag.COLUMNS)}
     real = data.load(options.real, hvg=options.hvg, need_embeddings=False, say=say, **columns)
     pred, seed, most = options.pred, options.seed, options.max_cells
     contenders, theirs, notes, _ = read_predictions(pred, real, most, seed, None, say, **columns)
@@ -1067,14 +1038,14 @@ def evaluate_files(options, say=data.say):
     conditions = sorted(ours[names] for names in theirs & set(ours))
     text = lambda names: data.listed(" / ".join(name) for name in sorted(names)) or "none"
     if not conditions:
-        raise data.DataError(f"{options.pred}: has no condition of {options.real}: {text(theirs)} against "
+        raise data.DataError(f"{pred}: has no condition of {options.real}: {text(theirs)} against "
                              f"{text(ours)}; perturbations and cell lines must have the same names")
-    for path, what, lonely in ((options.pred, "have no real cells", theirs - set(ours)),
+    for path, what, lonely in ((pred, "have no real cells", theirs - set(ours)),
                                (options.real, "are not predicted", set(ours) - theirs)):
         if lonely:
             notes.append(f"{path}: {len(lonely)} conditions {what} and are left out: {text(lonely)}")
-    controls = control_moments(real, [line for line, _ in conditions], options.seed)
-    results = measure(real, conditions, contenders, {}, controls, options.seed, most)
+    controls = control_moments(real, [line for line, _ in conditions], seed)
+    results = measure(real, conditions, contenders, {}, controls, seed, most)
     results.notes += real.notes + notes
     return write_outputs(results, Path(options.out), f"{pred} against {options.real}", say)
 
@@ -1094,17 +1065,16 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
         own = codes == code
         of_line = replace(results, measured=results.measured[:, :, own], untrained=results.untrained[own])
         summaries.append((results.dataset.cell_lines[code], summarise(of_line)))
-    summary, anyones = summaries[0][1], results.labels[3:] == ["prediction"]
-    columns, rows = [COLUMNS.index(name) for name in CONDITION_COLUMNS], []
-    for r, row in list(enumerate(results.rows))[3 if anyones else 2:]:  # anyone's file: no floor, no names
-        for i, condition in enumerate(results.conditions):
-            values = *results.counts[i].tolist(), *results.measured[ALL_CELLS, r, i, columns].tolist()
-            names = *row[2 * anyones:], *names_of(results.dataset, condition)
-            rows.append([*names, *values, *[results.splits[i]] * pooled])
-    names = [*["method", "seed"][2 * anyones:], "cell_line", "perturbation", "n_real", "n_pred",
-             *CONDITION_COLUMNS, *["split"] * pooled]
+    summary, anyones = summaries[0][1], results.labels[3:] == ["prediction"]  # no floor, no names then
+    names = ["method", "seed", "cell_line", "perturbation", "n_real", "n_pred", *CONDITION_COLUMNS, "split"]
+    measured = results.measured[ALL_CELLS][:, :, [COLUMNS.index(name) for name in CONDITION_COLUMNS]]
+    rows = [[*row, *names_of(results.dataset, condition), *counts, *values, split]
+            for row, of_row in list(zip(results.rows, measured.tolist()))[2 + anyones:]
+            for condition, counts, values, split
+            in zip(results.conditions, results.counts.tolist(), of_row, results.splits)]
+    kept = slice(2 * anyones, len(names) - (not pooled))
     out.mkdir(parents=True, exist_ok=True)
-    data.write_csv(out / "metrics.csv", names, rows)
+    data.write_csv(out / "metrics.csv", names[kept], [row[kept] for row in rows])
     data.write_csv(out / "summary.csv", list(summary[0]), [list(row.values()) for row in summary])
     if pooled:
         data.write_csv(out / "lines.csv", ["cell_line", *summary[0]],
@@ -1112,11 +1082,11 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
     write_report(out / "report.html", title, results, summaries, retrieval, candidates, log)
     wrap = textwrap.TextWrapper(140, "", "  ", break_long_words=False, break_on_hyphens=False).fill
     say(wrap(title))
-    for name, found in summaries:
-        for table in make_tables(found, full and not name):
-            say(f"\n{name}" if name else "")
-            widths = [max(map(len, column)) for column in zip(*(cells for _, cells in table))]
-            first = max(len(label) for label, _ in table)
+    for line, rows in summaries:
+        for table in make_tables(rows, full and not line):
+            columns = zip(*([label, *cells] for label, cells in table))
+            first, *widths = (max(map(len, column)) for column in columns)
+            say(f"\n{line}" if line else "")
             for label, cells in table:
                 texts = " ".join(f"{text:>{width}}" for text, width in zip(cells, widths))
                 say(f"{label:<{first}}  {texts}".rstrip())
@@ -1127,9 +1097,8 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
 
 
 def export(folder, out, say=data.say):
-    """Writes a run's real and predicted cells as cell-eval reads them, its split as cell-load and --split
-    do."""
-    config, most, written = ptrag.read_config(folder), math.log1p(10_000), []
+    """Writes a run's cells as cell-eval reads them, its split as cell-load and --split do."""
+    config, written = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
@@ -1138,20 +1107,21 @@ def export(folder, out, say=data.say):
     out.mkdir(parents=True, exist_ok=True)
     for method, seed, predicted in [Contender("real", "", real), *contenders]:
         cells = lambda c: (predicted if c[1] else real)(c)
-        sizes, clipped = [len(cells(condition)) for condition in conditions], []
+        obs, clipped = {"target_gene": [], "cell_type": []}, []
 
         def blocks():
-            for condition, size, end in zip(conditions, sizes, itertools.accumulate(sizes)):
-                values = cells(condition)
-                clipped.append(int((values > most).sum()))
-                yield slice(end - size, end), {"X": np.minimum(values, most)}
+            for condition in conditions:
+                values, (line, gene) = cells(condition), names_of(dataset, condition)
+                done = len(obs["cell_type"])
+                obs["target_gene"] += [gene if condition[1] else "non-targeting"] * len(values)
+                obs["cell_type"] += [line] * len(values)
+                clipped.append(int((values > HIGHEST).sum()))
+                yield slice(done, done + len(values)), {"X": np.minimum(values, HIGHEST)}
 
-        lines, genes = zip(*(names_of(dataset, c) for c, size in zip(conditions, sizes) for _ in range(size)))
-        control = {dataset.perturbations[0]: "non-targeting"}
-        obs = {"target_gene": [control.get(gene, gene) for gene in genes], "cell_type": list(lines)}
         about = {"units": data.UNITS, "data": dataset.name, "split": config.split, "model": method}
         written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
-        data.write_anndata(written[-1], dataset.genes, obs, blocks(), len(genes), about)
+        total = sum(len(cells(condition)) for condition in conditions)
+        data.write_anndata(written[-1], dataset.genes, obs, blocks(), total, about)
         if sum(clipped):
             say(f"{written[-1]}: {sum(clipped)} values above log1p(10,000), which no cell has, are clipped")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
@@ -1176,38 +1146,35 @@ def run(arguments):
     add("--pred", help="AnnData file of predicted cells")
     add("-o", "--out", help="folder to write metrics.csv, summary.csv and report.html to")
     add("--export", type=Path, help="folder to write a run's cells to, as cell-eval reads them")
-    for name, what in (("control", "label of the control cells"), ("batch-column", "obs column: gem group"),
-                       ("perturbation-column", "obs column: perturbation"),
-                       ("cell-line-column", "obs column: cell line")):
-        add(f"--{name}", default="", help=f"{what} (default: recognised)")
-    numbers = (("hvg", 2000, 2, "genes to choose without X_hvg"), ("seed", 0, 0, "seed of the halves"),
-               ("max-cells", 1000, 2, "most cells compared per condition"))
-    for name, value, _, what in numbers:
-        add(f"--{name}", type=int, default=value, help=f"{what} (default {value})")
+    shared = [f for f in fields(ptrag.Config) if f.name in OF_FILES]
+    for f in shared:
+        default = f" (default {f.default})" if f.default != "" else ""
+        add(ptrag.flag(f.name), type=type(f.default), default=f.default, help=f.metadata["help"] + default)
     options = parser.parse_args(arguments)
     files = [options.real, options.pred]
     if bool(options.runs) == any(files) or (any(files) and not all([*files, options.out])):
         parser.error("give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
     if options.export and len(options.runs) != 1:
         parser.error("--export takes one run")
-    for name, _, low, _ in numbers:
-        if not low <= getattr(options, name.replace("-", "_")) < 2**31:
-            parser.error(f"--{name} must be at least {low} and below 2**31")
+    try:
+        ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
+    except ptrag.InputError as error:
+        parser.error(str(error))
+    if not options.runs:
+        return evaluate_files(options)
     with contextlib.ExitStack() as locks:
         for folder in options.runs:
             ptrag.read_config(folder)
             locks.enter_context(data.locked(folder))
         if options.export:
             export(options.runs[0], options.export)
-        elif options.runs:
-            evaluate_runs(options.runs, out=options.out, full=True)
         else:
-            evaluate_files(options)
+            evaluate_runs(options.runs, out=options.out, full=True)
 
 
 def main(arguments=None):
-    """The exit status of the command line: 0, or 2 and one line on stderr where the input is wrong."""
-    return data.status_of(run, sys.argv[1:] if arguments is None else arguments)
+    """The exit status of the command line, 2 with one line on stderr where the input is wrong."""
+    return data.status_of(run, arguments)
 
 
 if __name__ == "__main__":

@@ -510,7 +510,9 @@ def wasserstein_1d(x, y, p=1):
     ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()  # 1/(n m)
     width = torch.diff(ends, prepend=ends.new_zeros(1)).to(x) / (n * m)  # (steps,)
     inside = (ends - 1).to(x.device)
-    x, y = x.sort(-1).values[..., inside // m], y.sort(-1).values[..., inside // n]  # (..., steps)
+    by_torch = x.is_cuda or x.requires_grad or y.requires_grad  # numpy sorts short rows ten times as fast
+    x, y = (z.sort(-1).values if by_torch else torch.from_numpy(np.sort(z.numpy())) for z in (x, y))
+    x, y = x[..., inside // m], y[..., inside // n]  # (..., steps)
     return ((x - y).abs() ** p @ width) ** (1 / p)
 
 

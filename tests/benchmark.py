@@ -423,8 +423,8 @@ def data_rows(quick):
 
 def run_rows(quick):
     """One command from counts to the report."""
-    make_file("in.h5ad", CELLS // 50 if quick else CELLS, sparse=True)
-    options = ["--data", "in.h5ad", "--genept", "genept.npz", "--method", "state-genept,ptrag"]
+    make_file("in.h5ad", CELLS // 200 if quick else CELLS, sparse=True)
+    options = "--data in.h5ad --genept genept.npz --method state-genept,ptrag --pool full".split()
     taken, _, peak, _ = watched(ROOT / "ptrag.py", *options, "--steps", 2 if quick else 2000)
     yield "ptrag.py --data, two methods, 2,000 steps", f"{taken:.0f} s; {peak:.2f} GB", "3 GB", peak < 3
 

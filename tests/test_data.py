@@ -1,26 +1,23 @@
 """Facts about data: what is read from files, which genes are chosen, how conditions are split, sets drawn."""
 import collections
-import itertools
 import os
 import pickle
 import subprocess
-import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from conftest import SHARED, needs_shared
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+import data
 
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not there")
 GENES = ["AAA", "BBB", *(f"G{i}" for i in range(10))]
+load = partial(data.load, need_embeddings=False, say=lambda line: None)
+pack = partial(data.pack, say=lambda line: None)
+refused = partial(pytest.raises, data.DataError)
 
 
 # ------------------------------------------------------------------------------------- files made here
@@ -50,218 +47,228 @@ def write(path, matrix=None, obs=None):
     return path
 
 
-def rewritten(path, **members):
-    """The file with members (X, obs, ...) replaced by what the functions of the open file given write."""
+def edited(path, change):
+    """The file after `change`: a function of it, or a dict from a member (None removes it), from (member,
+    attribute) or from (member, index) to what is written there."""
     with h5py.File(path, "a") as file:
-        for name, make in members.items():
-            if name in file:
-                del file[name]
-            if make is not None:
-                make(file)
+        for key, value in {} if callable(change) else change.items():
+            if isinstance(key, tuple):
+                node, place = file[key[0]], key[1]
+                (node.attrs if isinstance(place, str) else node)[place] = value
+                continue
+            if key in file:
+                del file[key]
+            if value is not None:
+                file[key] = value
+        if callable(change):
+            change(file)
     return path
 
 
-def sparse(matrix, kind, **storage):
-    """Writes X as a CSR or CSC group, as AnnData does."""
-    def make(file):
+def stored(matrix, kind="dense", marks=("encoding-type", "shape"), direction=1, **storage):
+    """For `edited`: X is stored anew, dense or as a CSR or CSC group, as AnnData does."""
+    def store(file):
+        del file["X"]
+        if kind == "dense":
+            return file.create_dataset("X", data=matrix, **storage)
         lines = matrix if kind == "csr" else matrix.T
         number, index = np.nonzero(lines)
-        group = file.create_group("X")
-        data.encode(group, f"{kind}_matrix", "0.1.0").attrs["shape"] = matrix.shape
-        group.create_dataset("data", data=lines[number, index], **storage)
-        group.create_dataset("indices", data=index.astype(np.int32), **storage)
-        ends = np.cumsum((lines != 0).sum(1))
-        group.create_dataset("indptr", data=np.append(0, ends).astype(np.int32), **storage)
-    return make
+        index = index[np.lexsort((direction * index, number))]      # -1: each line stands in reverse
+        for name, values in {"data": lines[number, index], "indices": index.astype(np.int32),
+                             "indptr": np.append(0, np.cumsum((lines != 0).sum(1)))}.items():
+            file.create_dataset(f"X/{name}", data=values, **storage)
+        values = kind if "h5sparse_format" in marks else f"{kind}_matrix", matrix.shape
+        file["X"].attrs.update(zip(marks, values))
+    return store
 
 
-def store(matrix, file, **storage):
-    file.create_dataset("X", data=matrix, **storage)
-
-
-def write_embeddings(path, genes=("AAA", "BBB", "CCC")):
-    values = np.random.default_rng(1).normal(size=(len(genes), 4)).astype(np.float32)
-    np.savez(path, genes=np.array(genes), embeddings=values)
+def write_embeddings(path, genes=("AAA", "BBB", "CCC"), vectors=None):
+    vectors = np.random.default_rng(1).normal(size=(len(genes), 4)) if vectors is None else vectors
+    np.savez_compressed(path, genes=np.array(genes), embeddings=np.float32(vectors))
     return path
-
-
-def load(path, **options):
-    return data.load(path, **{"need_embeddings": False, "say": lambda line: None, **options})
-
-
-def everything(dataset):
-    return dataset.expression[np.arange(dataset.expression.shape[0])]
 
 
 def cells_of(dataset):
     """Labels and expression of every usable cell, sorted: what must not depend on layout or order."""
-    cells = zip(dataset.cell_line, dataset.perturbation, dataset.gem_group, everything(dataset).tolist())
+    cells = zip(dataset.cell_line, dataset.perturbation, dataset.gem_group, dataset.expression[:].tolist())
     return sorted((dataset.cell_lines[line], dataset.perturbations[p], dataset.gem_groups[group], *values)
                   for line, p, group, values in cells if line >= 0)
 
 
-def written_cells(matrix, obs):
-    columns = [obs[name] for name in ("cell_line", "gene", "gem_group")]
-    return sorted((*names, *values) for *names, values in zip(*columns, normalised(matrix).tolist()))
-
-
-def assert_same(found, wanted, rtol=1e-5):
+def assert_holds(dataset, matrix, obs=labels()):
+    """The dataset has these cells, log-normalised, in whatever order."""
+    wanted = sorted(zip(obs["cell_line"], obs["gene"], obs["gem_group"], matrix.tolist()))
+    found = cells_of(dataset)
     assert [cell[:3] for cell in found] == [cell[:3] for cell in wanted]
-    np.testing.assert_allclose([cell[3:] for cell in found], [cell[3:] for cell in wanted], rtol=rtol)
+    np.testing.assert_allclose([cell[3:] for cell in found], [cell[3] for cell in wanted], rtol=1e-5)
+
+
+def noted(dataset, *texts):
+    """Whether each text is in the notes of a dataset, a split or packing."""
+    return all(text in "\n".join(getattr(dataset, "notes", dataset)) for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
-STORED = {"dense": "<f4", "float64": "<f8", "int32": "<i4", "big-endian": ">f4"}
+def compound(file):
+    """For `edited`: obs and var as anndata 0.6 stores them."""
+    names, obs = sorted(set(labels()["gene"])), labels()
+    rows = zip("c" * 60, map(names.index, obs["gene"]), obs["cell_line"], map(int, obs["gem_group"]))
+    kinds = [("index", "S8"), ("gene", np.int8), ("cell_line", "S8"), ("gem_group", np.int64)]
+    del file["obs"], file["var"]
+    file["obs"], file["uns/gene_categories"] = np.array(list(rows), kinds), names
+    file["var"] = np.array(GENES, "S8").view([("index", "S8")])
 
 
-@pytest.mark.parametrize("block", [None, 400])
-@pytest.mark.parametrize("layout", [*STORED, "gzip", "lzf", "csr", "csc", "csr gzip", "csc gzip"])
-def test_every_matrix_layout_and_block_size_gives_the_same_cells(tmp_path, monkeypatch, layout, block):
-    matrix, (kind, *compression) = counts(97), layout.split()
-    make = sparse(matrix, kind, **({"compression": "gzip"} if compression else {}))
-    if layout in ("gzip", "lzf"):
-        make = partial(store, matrix, compression=layout, chunks=(7, 5))
-    elif layout in STORED:
-        make = partial(store, matrix.astype(STORED[layout]))
-    path = rewritten(write(tmp_path / "x.h5ad", matrix), X=make)
-    monkeypatch.setattr(data, "BLOCK_BYTES", block or data.BLOCK_BYTES)
-    dataset = load(path)
-    assert_same(cells_of(dataset), written_cells(matrix, labels(97)))
-    rows = np.array([5, 5, 3])
-    np.testing.assert_array_equal(dataset.expression[rows], everything(dataset)[rows])
+def obs_stored(layout):
+    """For `edited`: the columns of obs as one of the later versions stores them."""
+    def store(file):
+        for name, values in labels().items():
+            column, names, mask = f"obs/{name}", sorted(set(values)), np.zeros(60, bool)
+            codes = np.array([names.index(value) for value in values], np.int8)
+            categories = f"/{'uns' if layout == 'reference' else 'obs'}/__categories/{name}"
+            del file[column]
+            for key, value in {
+                "categorical": {f"{column}/codes": codes, f"{column}/categories": names},
+                "nullable categories": {f"{column}/codes": codes, f"{column}/categories/values": names,
+                                        f"{column}/categories/mask": mask[:len(names)]},
+                "__categories": {column: codes, categories: names},
+                "reference": {column: codes, categories: names},
+                "nullable": {f"{column}/values": np.int64(values) if name == "gem_group" else values,
+                             f"{column}/mask": mask},
+                "strings": {column: values}, "fixed strings": {column: np.array(values, "S")},
+            }[layout].items():
+                file[key] = value
+            if layout == "reference":
+                file[column].attrs["categories"] = file[categories].ref
+    return store
 
 
-@pytest.mark.parametrize("kind", ["csr", "csc"])
-def test_entries_of_a_sparse_matrix_may_stand_in_any_order_but_not_twice(tmp_path, kind):
-    path = rewritten(write(tmp_path / "x.h5ad"), X=sparse(counts(), kind))
-    with h5py.File(path, "a") as file:
-        begin, end = file["X/indptr"][3:5]
-        for name in ("data", "indices"):
-            file["X"][name][begin:end] = file["X"][name][begin:end][::-1]
-    assert_same(cells_of(load(path)), written_cells(counts(), labels()))
-    with h5py.File(path, "a") as file:
-        twice, line = file["X/indices"][begin], 3
-        file["X/indices"][begin + 1] = twice
-    cell, gene = (line, twice) if kind == "csr" else (twice, line)
-    with pytest.raises(data.DataError, match="x.h5ad: .*several values for one cell.*sum_duplicates"):
-        load(path)
+LAYOUTS = {
+    "float64": {"dtype": "<f8"}, "int32": {"dtype": "<i4"}, "big-endian": {"dtype": ">f4"}, "dense": {},
+    "gzip": {"compression": "gzip", "chunks": (7, 5)}, "lzf": {"compression": "lzf", "chunks": (7, 5)},
+    "csr": {"kind": "csr"}, "csr gzip": {"kind": "csr", "compression": "gzip"},
+    "csc": {"kind": "csc"}, "csc gzip": {"kind": "csc", "compression": "gzip"},
+    "csr of 0.6": {"kind": "csr", "marks": ("h5sparse_format", "h5sparse_shape")},
+    "csr in reverse": {"kind": "csr", "direction": -1}, "csc in reverse": {"kind": "csc", "direction": -1}}
+CHANGES = {
+    **{layout: stored(counts(), **options) for layout, options in LAYOUTS.items()}, "compound": compound,
+    **{layout: obs_stored(layout) for layout in ("categorical", "nullable categories", "__categories",
+                                                 "reference", "nullable", "strings", "fixed strings")}}
 
 
-def test_sparse_files_of_anndata_0_6_are_read(tmp_path):
-    path = rewritten(write(tmp_path / "x.h5ad"), X=sparse(counts(), "csr"))
-    with h5py.File(path, "a") as file:
-        for name in list(file["X"].attrs):
-            del file["X"].attrs[name]
-        file["X"].attrs.update({"h5sparse_format": "csr", "h5sparse_shape": counts().shape})
-    assert_same(cells_of(load(path)), written_cells(counts(), labels()))
+@pytest.mark.parametrize("block", [data.BLOCK_BYTES, 400])
+@pytest.mark.parametrize("layout", CHANGES)
+def test_every_layout_and_block_size_gives_the_same_cells(tmp_path, monkeypatch, layout, block):
+    monkeypatch.setattr(data, "BLOCK_BYTES", block)
+    path = edited(write(tmp_path / "x.h5ad"), CHANGES[layout])
+    dataset, rows = load(path), np.array([5, 5, 3])
+    assert_holds(dataset, normalised(counts()))
+    assert dataset.genes == GENES and list(data.read_obs(path, ["gene"])["gene"]) == labels()["gene"]
+    np.testing.assert_array_equal(dataset.expression[rows], dataset.expression[:][rows])
 
 
-def store_column(obs, name, values, layout):
-    """Writes a column as one of the versions of AnnData does."""
-    del obs[name]
-    names = sorted(set(values))
-    codes = np.array([names.index(value) for value in values], np.int8)
-    if layout in ("categorical", "nullable categories"):
-        obs[f"{name}/codes"] = codes
-        if layout == "categorical":
-            obs[f"{name}/categories"] = names
-        else:
-            obs[f"{name}/categories/values"] = names
-            obs[f"{name}/categories/mask"] = np.zeros(len(names), bool)
-    elif layout in ("__categories", "reference"):
-        obs[name], obs[f"__categories/{name}"] = codes, names
-        if layout == "reference":
-            obs.file[f"uns/{name}"] = names
-            obs[name].attrs["categories"] = obs.file[f"uns/{name}"].ref
-            del obs["__categories"][name]
-    elif layout == "nullable":
-        whole = all(value.isdigit() for value in values)
-        obs[f"{name}/values"] = np.array(values, np.int64) if whole else values
-        obs[f"{name}/mask"] = np.zeros(len(values), bool)
-    else:
-        obs[name] = values if layout == "strings" else np.array(values, "S")
+def renamed(perturbation, line, group, control):
+    genes = [control if gene == "non-targeting" else gene for gene in labels()["gene"]]
+    return {perturbation: genes, line: labels()["cell_line"], group: labels()["gem_group"]}
 
 
-@pytest.mark.parametrize("layout", ["categorical", "nullable categories", "__categories", "reference",
-                                    "nullable", "strings", "fixed strings"])
-def test_every_obs_layout_gives_the_same_labels(tmp_path, layout):
-    path, obs = write(tmp_path / "x.h5ad"), labels()
-    with h5py.File(path, "a") as file:
-        for name, values in obs.items():
-            store_column(file["obs"], name, values, layout)
-    assert_same(cells_of(load(path)), written_cells(counts(), obs))
-    assert list(data.read_obs(path, ["gene"])["gene"]) == obs["gene"]
+def rescaled(scale, columns):
+    return np.log1p(np.expm1(normalised(counts()))[:, :columns] * scale).astype(np.float32)
 
 
-def test_the_compound_tables_of_anndata_0_6_are_read(tmp_path):
-    path, obs = write(tmp_path / "x.h5ad"), labels()
-    table = np.zeros(60, [("index", "S8"), ("gene", np.int8), ("cell_line", "S8"), ("gem_group", np.int64)])
-    genes = sorted(set(obs["gene"]))
-    table["gene"], table["cell_line"] = [genes.index(gene) for gene in obs["gene"]], obs["cell_line"]
-    table["gem_group"] = obs["gem_group"]
-    rewritten(path, obs=lambda file: file.create_dataset("obs", data=table),
-              var=lambda file: file.create_dataset("var", data=np.array(GENES, "S8").view([("index", "S8")])))
-    with h5py.File(path, "a") as file:
-        file["uns/gene_categories"] = genes
-    assert_same(cells_of(load(path)), written_cells(counts(), obs))
-    assert load(path).genes == GENES
+LOGS, IDS = normalised(counts()), [f"ENSG{i:011d}" for i in range(12)]
+GENE = {"gene": labels()["gene"]}
+CONDITION = labels() | {"condition": ["AAA" if name == "non-targeting" else "B" for name in GENE["gene"]]}
+BATCHES = np.where(np.arange(60) == 3, np.nan, np.arange(60) % 3)
+UNUSED = {name: [*column[:60], *last] for (name, column), last in zip(labels(64).items(), (
+    ["CCC", "ONCE", "", "AAA"], ["ORPHAN", "K562", "K562", ""], "1111"))}
+FILES = {   # the matrix and obs written, what is edited, options; all else is what is read
+    **{f"called {' '.join(names)}": {
+        "obs": renamed(*names), "perturbations": [names[3], "AAA", "BBB", "CCC"],
+        "cell_lines": ["K562", "RPE1"], "gem_groups": ["1", "2"]} for names in (
+            ("perturbation", "celltype", "batch", "control"), ("condition", "cell_line", "batch", "NT"),
+            ("target_gene", "cell_type", "gem_group", "ctrl"), ("gene", "cell_line", "batch", "NTC"),
+            ("Gene", "Cell_Line", "Batch", "Non-Targeting"), ("gene", "cell_line", "batch", "nontargeting"))},
+    "two perturbation columns": {"obs": CONDITION, "error": "gene or condition|condition or gene"},
+    "names given": {"obs": CONDITION, "perturbations": ["AAA", "B"],
+                    "options": {"perturbation_column": "condition", "control": "AAA"}},
+    "neither cell line nor batch": {
+        "obs": GENE, "cell_lines": ["all"], "gem_groups": ["all"], "conditions": [(0, 1), (0, 2), (0, 3)],
+        "notes": ["no cell line column", "no batch column"]},
+    "all columns missing": {
+        "obs": {"target": GENE["gene"]}, "options": {"cell_line_column": "line", "batch_column": "group"},
+        "error": "no cell line column line;.*no perturbation column recognised.*no batch column group;"
+                 ".*there are target"},
+    "whole-number batches, one missing": {
+        "obs": labels() | {"gem_group": BATCHES}, "matrix": LOGS, "notes": ["1 cells without a batch"],
+        "gem_groups": ["0", "1", "2", "missing"], "gem_group": np.nan_to_num(BATCHES, nan=3).tolist()},
+    "another index of var": {
+        "edit": {"var/_index": None, "var/symbol": IDS, ("var", "_index"): "symbol"}, "genes": IDS},
+    "X_hvg": {"edit": {"obsm/X_hvg": LOGS[:, ::3]}, "genes": ["hvg0", "hvg1", "hvg2", "hvg3"]},
+    "X_hvg with names, mapped": {
+        "edit": {"obsm/X_hvg": LOGS[:, ::3], "var/highly_variable": np.arange(12) % 3 == 0},
+        "genes": GENES[::3], "exactly": LOGS[:, ::3], "mapped": True},
+    "counts in X_hvg, scaled by all genes": {"edit": {"obsm/X_hvg": counts()[:, :5]}, "holds": LOGS[:, :5]},
+    "logarithms": {"matrix": LOGS, "exactly": LOGS, "notes": ["X holds log-normalised"]},
+    "counts": {"mapped": False, "notes": ["X holds counts"]},
+    "Ensembl ids and symbols": {
+        "edit": {"var/_index": IDS, "var/feature_name": [*GENES[:10], "twice", "twice"]},
+        "genes": [*GENES[:10], *IDS[10:]], "notes": ["feature_name"]},
+    "Ensembl ids": {"edit": {"var/_index": IDS}, "genes": IDS, "notes": ["no perturbation knows its own"]},
+    **{f"{columns} genes x {scale}": {     # some of the genes can add up to less, all of them to nothing else
+        "matrix": rescaled(scale, columns), text: ["not on the scale of 10,000"]}
+        for columns, scale, text in ((12, 1, "silent"), (12, 3, "notes"), (12, 0.3, "notes"),
+                                     (6, 1, "silent"), (6, 3, "notes"), (6, 0.3, "silent"))},
+    **{f"{columns} genes x {scale}, chunked": {
+        "matrix": LOGS[:, :columns], "edit": stored(rescaled(scale, columns), chunks=(7, 5)),
+        "notes" if rescaled(scale, columns).max() > 9.2115 else "silent": ["values are above 9.21"]}
+        for columns in (6, 12) for scale in (0.3, 1, 3)},
+    **{f"unused cells, {kind}": {
+        "matrix": matrix, "obs": UNUSED, "perturbations": ["non-targeting", "AAA", "BBB", "CCC"],
+        "cell_lines": ["K562", "RPE1"], "conditions": [(line, p) for line in (0, 1) for p in (1, 2, 3)],
+        "used": 60, "notes": [
+            "2 cells without a cell line or perturbation", "1 conditions with a single cell",
+            "1 cell lines without control cells left out: ORPHAN (1 cells)"]}
+        for kind, matrix in (("mapped", normalised(counts(64))), ("packed", counts(64)))}}
 
 
-def test_whole_number_gem_groups_and_missing_ones_get_names(tmp_path):
-    groups = np.where(np.arange(60) == 3, np.nan, np.arange(60) % 3)
-    path = write(tmp_path / "x.h5ad", obs=labels() | {"gem_group": groups})
-    dataset = load(path)
-    assert dataset.gem_groups == ["0", "1", "2", "missing"] and (dataset.gem_group == 3).sum() == 1
-    assert any("1 cells without a batch" in note for note in dataset.notes)
-
-
-def test_gene_names_come_from_the_column_the_index_attribute_names(tmp_path):
-    path = write(tmp_path / "x.h5ad")
-    with h5py.File(path, "a") as file:
-        file["var"].move("_index", "symbol")
-        file["var"].attrs["_index"] = "symbol"
-    assert load(path).genes == GENES
-
-
-def test_x_hvg_is_used_before_x_mapped_and_named_by_the_highly_variable_genes(tmp_path):
-    path, mask = write(tmp_path / "x.h5ad"), np.arange(12) % 3 == 0
-    with h5py.File(path, "a") as file:
-        file["obsm/X_hvg"] = normalised(counts())[:, mask]
-    assert load(path).genes == ["hvg0", "hvg1", "hvg2", "hvg3"]
-    with h5py.File(path, "a") as file:
-        file["var/highly_variable"] = mask
-    dataset = load(path)
-    assert dataset.genes == [gene for gene, chosen in zip(GENES, mask) if chosen]
-    np.testing.assert_allclose(everything(dataset), normalised(counts())[:, mask], rtol=1e-6)
-    assert dataset.expression.matrix.filename == str(path)  # contiguous, log-normalised: mapped
-
-
-def test_counts_in_x_hvg_are_normalised_by_the_totals_over_all_genes(tmp_path):
-    path, obs = write(tmp_path / "x.h5ad"), labels()
-    with h5py.File(path, "a") as file:
-        file["obsm/X_hvg"] = counts()[:, :5]
-    assert_same(cells_of(load(path)), [cell[:8] for cell in written_cells(counts(), obs)])
-
-
-def test_log_normalised_values_are_left_alone_and_said(tmp_path):
-    dataset = load(write(tmp_path / "x.h5ad", normalised(counts())))
-    np.testing.assert_array_equal(everything(dataset), normalised(counts()))
-    assert any("log-normalised" in note for note in dataset.notes)
-    assert any("counts" in note for note in load(write(tmp_path / "y.h5ad", counts())).notes)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_as_the_field_means_it_and_what_was_guessed_is_noted(tmp_path, name):
+    case = {"matrix": None, "obs": None, "edit": {}, "options": {}, "notes": (), "silent": (), **FILES[name]}
+    matrix, obs, edit, options, notes, silent = (case.pop(key) for key in list(case)[:6])
+    path = edited(write(tmp_path / "x.h5ad", matrix, obs), edit)
+    if "error" in case:
+        with refused(match=case["error"]):
+            load(path, **options)
+        return
+    dataset = load(path, **options)
+    lines, perturbations = len(dataset.cell_lines), len(dataset.perturbations)
+    cells = [cell for condition in np.ndindex(lines, perturbations) for cell in dataset.cells(*condition)]
+    assert len(set(cells)) == (dataset.cell_line >= 0).sum() == (dataset.perturbation >= 0).sum()
+    if "holds" in case:
+        assert_holds(dataset, case.pop("holds"))
+    if "exactly" in case:
+        np.testing.assert_array_equal(dataset.expression[:], case.pop("exactly"))
+    found = {**vars(dataset), "conditions": dataset.conditions(), "used": len(cells),
+             "gem_group": dataset.gem_group.tolist(),
+             "mapped": dataset.expression.matrix.filename == str(path)}
+    assert {key: found[key] for key in case} == case
+    assert noted(dataset, *notes) and not any(noted(dataset, text) for text in silent)
 
 
 def test_what_cannot_be_mapped_is_packed_once_said_and_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(data.tempfile, "tempdir", str(temporary))
     lines, path = [], write(tmp_path / "x.h5ad")
     dataset = load(path, say=lines.append)
-    assert any("data.py pack" in line for line in lines) and not os.listdir(tmp_path / "temporary")
+    assert "data.py pack" in " ".join(lines) and not os.listdir(temporary)
     assert dataset.name == str(path) and isinstance(dataset.expression.matrix, np.memmap)
-    rewritten(path, X=partial(store, np.where(np.eye(60, 12) > 0, np.nan, 1.5), chunks=True))
-    with pytest.raises(data.DataError, match="x.h5ad: X holds values that are not finite"):
+    edited(path, stored(np.where(np.eye(60, 12) > 0, np.nan, 1.5), chunks=True))
+    with refused(match="x.h5ad: X holds values that are not finite"):
         load(path)
-    assert not os.listdir(tmp_path / "temporary")
+    assert not os.listdir(temporary)
 
 
 def test_predicted_cells_stay_as_they_are(tmp_path):
@@ -269,165 +276,47 @@ def test_predicted_cells_stay_as_they_are(tmp_path):
     matrix, obs = normalised(counts()) - 1.0, labels() | {"gene": ["AAA", "BBB", ""] * 20}
     path = write(tmp_path / "x.h5ad", matrix, obs)
     for storage in ({}, {"chunks": (7, 5)}):
-        rewritten(path, X=partial(store, matrix, **storage))
-        dataset = data.load(path, predicted=True, hvg=3, say=lambda line: None)
-        np.testing.assert_array_equal(everything(dataset), matrix)
+        dataset = data.load(edited(path, stored(matrix, **storage)), predicted=True, hvg=3, say=print)
+        np.testing.assert_array_equal(dataset.expression[:], matrix)
         assert [(dataset.perturbations[p] if p >= 0 else "") for p in dataset.perturbation] == obs["gene"]
         assert dataset.conditions() == [(0, 1), (0, 2), (1, 1), (1, 2)] and not len(dataset.cells(0, 0))
-    with pytest.raises(data.DataError, match="negative"):
-        load(path, control="AAA").expression[np.arange(60)]
-
-
-@pytest.mark.parametrize("names", [
-    ("perturbation", "celltype", "batch", "control"), ("target_gene", "cell_type", "gem_group", "ctrl"),
-    ("condition", "cell_line", "batch", "NT"), ("Gene", "Cell_Line", "Batch", "Non-Targeting"),
-    ("gene", "cell_line", "batch", "NTC"), ("gene", "cell_line", "batch", "nontargeting")])
-def test_the_spellings_of_the_field_are_recognised(tmp_path, names):
-    obs = labels()
-    renamed = {names[0]: [names[3] if gene == "non-targeting" else gene for gene in obs["gene"]],
-               names[1]: obs["cell_line"], names[2]: obs["gem_group"]}
-    dataset = load(write(tmp_path / "x.h5ad", obs=renamed))
-    assert dataset.perturbations == [names[3], "AAA", "BBB", "CCC"] and dataset.cell_lines == ["K562", "RPE1"]
-    assert dataset.gem_groups == ["1", "2"]
-
-
-def test_given_names_are_taken_before_recognised_ones(tmp_path):
-    obs = labels() | {"condition": ["AAA" if gene == "non-targeting" else "B" for gene in labels()["gene"]]}
-    path = write(tmp_path / "x.h5ad", obs=obs)
-    with pytest.raises(data.DataError, match="gene or condition|condition or gene"):
-        load(path)
-    assert load(path, perturbation_column="condition", control="AAA").perturbations == ["AAA", "B"]
-
-
-def test_a_file_without_a_cell_line_or_batch_column_has_one_of_each_and_says_so(tmp_path):
-    dataset = load(write(tmp_path / "x.h5ad", obs={"gene": labels()["gene"]}))
-    assert dataset.cell_lines == dataset.gem_groups == ["all"] and len(dataset.conditions()) == 3
-    assert all(any(f"no {what} column" in note for note in dataset.notes) for what in ("cell line", "batch"))
-
-
-def test_columns_that_are_missing_are_named_all_at_once_with_those_there_are(tmp_path):
-    path = write(tmp_path / "x.h5ad", obs={"target": labels()["gene"]})
-    with pytest.raises(data.DataError, match="no cell line column line;.*no perturbation column recognised.*"
-                                             "no batch column group;.*there are target"):
-        load(path, cell_line_column="line", batch_column="group")
-
-
-@pytest.mark.parametrize("symbols, wanted, note", [
-    ([*GENES[:10], "twice", "twice"], [*GENES[:10], "ENSG00000000010", "ENSG00000000011"], "feature_name"),
-    (None, [f"ENSG{i:011d}" for i in range(12)], "no perturbation knows its own gene")])
-def test_ensembl_ids_give_way_to_symbols_where_the_perturbations_are_symbols(tmp_path, symbols, wanted, note):
-    path = write(tmp_path / "x.h5ad")
-    with h5py.File(path, "a") as file:
-        del file["var/_index"]
-        file["var/_index"] = [f"ENSG{i:011d}" for i in range(12)]
-        if symbols:
-            file["var/feature_name"] = symbols
-    dataset = load(path)
-    assert dataset.genes == wanted and any(note in line for line in dataset.notes)
-
-
-@pytest.mark.parametrize("scale, noted", [(1.0, False), (3.0, True), (0.3, True)])
-@pytest.mark.parametrize("columns", [12, 6])
-def test_logarithms_on_another_scale_are_noted(tmp_path, scale, noted, columns):
-    """Some of the genes can add up to anything below 10,000, all of them to nothing else."""
-    matrix = np.log1p(np.expm1(normalised(counts()))[:, :columns] * scale).astype(np.float32)
-    notes = load(write(tmp_path / "x.h5ad", matrix)).notes
-    wrong = noted and (columns == 12 or scale > 1)
-    assert any("not on the scale of 10,000" in note for note in notes) == wrong
-    notes = load(rewritten(tmp_path / "x.h5ad", X=partial(store, matrix, chunks=(7, 5)))).notes
-    assert any("values are above 9.21" in note for note in notes) == (matrix > np.log1p(1e4) + 1e-3).any()
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_cells_that_cannot_be_used_are_left_out_and_counted(tmp_path, mapped):
-    obs = labels(64)
-    obs["gene"][60:] = ["CCC", "ONCE", "", "AAA"]
-    obs["cell_line"][60:] = ["ORPHAN", "K562", "K562", ""]
-    dataset = load(write(tmp_path / "x.h5ad", normalised(counts(64)) if mapped else counts(64), obs))
-    assert dataset.perturbations == ["non-targeting", "AAA", "BBB", "CCC"]
-    assert dataset.cell_lines == ["K562", "RPE1"]
-    notes = "\n".join(dataset.notes)
-    for note in ("2 cells without a cell line or perturbation", "1 conditions with a single cell",
-                 "1 cell lines without control cells left out: ORPHAN (1 cells)"):
-        assert note in notes
-    used = np.concatenate([dataset.cells(line, p) for line in range(2) for p in range(4)])
-    assert len(set(used)) == (dataset.cell_line >= 0).sum() == (dataset.perturbation >= 0).sum() == 60
-    assert len(dataset.conditions()) == 6
-
-
-def test_perturbations_without_an_embedding_are_dropped_counted_and_named(tmp_path):
-    path = write(tmp_path / "x.h5ad")
-    embeddings = write_embeddings(tmp_path / "e.npz", ["AAA", "CCC", "ELSE"])
-    dataset = load(path, genept=embeddings, need_embeddings=True)
-    assert dataset.perturbations == ["non-targeting", "AAA", "CCC"]
-    assert dataset.embedding_genes == ["AAA", "CCC", "ELSE"]
-    assert any("1 perturbations without an embedding left out: BBB" in note for note in dataset.notes)
-    table = dataset.perturbation_embeddings()
-    assert not table[0].any() and np.array_equal(table[2], dataset.embeddings[1])
-    assert load(path, genept=embeddings).perturbations == ["non-targeting", "AAA", "BBB", "CCC"]
-
-
-def test_perturbations_that_share_an_embedding_are_named(tmp_path):
-    vectors = [[1.0, 2], [3, 4], [1, 2], [1, 2]]
-    np.savez(tmp_path / "e.npz", genes=["AAA", "BBB", "CCC", "ELSE"], embeddings=vectors)
-    packed = tmp_path / "p.h5"
-    notes = data.pack(write(tmp_path / "x.h5ad"), packed, genept=tmp_path / "e.npz", say=lambda line: None)
-    assert any("1 embeddings belong to several" in note and "AAA = CCC" in note for note in notes)
-    assert load(packed).notes == notes
-
-
-def test_cells_and_conditions_agree_with_the_labels():
-    dataset = data.simulate(cell_lines=2, perturbations=5, genes=8, cells=6, controls=9)
-    for line, p in itertools.product(range(2), range(6)):
-        here = (dataset.cell_line == line) & (dataset.perturbation == p)
-        assert np.array_equal(dataset.cells(line, p), np.flatnonzero(here))
-    assert dataset.conditions() == [(line, p) for line in range(2) for p in range(1, 6)]
+    with refused(match="negative"):
+        load(path, control="AAA").expression[:]
 
 
 def test_genes_are_aligned_by_name(tmp_path):
-    dataset = load(write(tmp_path / "x.h5ad", normalised(counts())))
+    dataset, values = load(write(tmp_path / "x.h5ad", normalised(counts()))), normalised(counts())
     aligned, notes = data.align_genes(dataset, ["G3", "ABSENT", "AAA"], missing_share=0.4)
-    wanted = np.stack([normalised(counts())[:, 5], np.zeros(60), normalised(counts())[:, 0]], 1)
-    np.testing.assert_array_equal(aligned(np.arange(60)), wanted)
+    np.testing.assert_array_equal(aligned(np.arange(60)), values[:, [5, 5, 0]] * [1, 0, 1])
     assert "1 of the 3 genes needed are missing and count as zero: ABSENT" in notes[0]
     assert "10 genes not needed are left out" in notes[1]
-    with pytest.raises(data.DataError, match="1 of the 3 genes needed are missing: ABSENT"):
+    with refused(match="1 of the 3 genes needed are missing: ABSENT"):
         data.align_genes(dataset, ["G3", "ABSENT", "AAA"], missing_share=0.3)
     dataset.genes = [str(i) for i in range(12)]             # as STATE writes them
     aligned, notes = data.align_genes(dataset, GENES)
-    np.testing.assert_array_equal(aligned(slice(None)), normalised(counts()))
+    np.testing.assert_array_equal(aligned(slice(None)), values)
     assert len(notes) == 1 and "numbered" in notes[0]
 
-
-# ------------------------------------------------------------------------------------------------ HVGs
 
 def test_chosen_genes_have_the_largest_dispersion_within_their_bin(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 4, 400)
     varying = np.where(np.arange(150) < 20, (0.3 + groups[:, None]) / 1.8, 1.0)
     matrix = rng.poisson(rng.gamma(1.0, 3.0, 150) * varying).astype(np.float32)
-    path = write(tmp_path / "x.h5ad", matrix)
-    scaled = (matrix * (1e4 / matrix.sum(1, keepdims=True))).astype(float)
-    mean, variance = scaled.mean(0), scaled.var(0, ddof=1)
     monkeypatch.setattr(data, "BLOCK_BYTES", 150 * 4 * 37)       # several blocks
-    dataset = load(path, hvg=20)
-    score = np.full(150, np.nan)                                 # the plain form of Seurat's rule
-    level, dispersion = np.log1p(mean), np.log(variance / mean)
-    edges = np.linspace(level.min(), level.max(), 21)
-    edges[0] -= 1
-    for low, high in zip(edges[:-1], edges[1:]):
-        here = (level > low) & (level <= high)
-        if here.sum() == 1:
-            score[here] = 1.0
-        elif here.any():
+    dataset = load(write(tmp_path / "x.h5ad", matrix), hvg=20)
+    scaled = (matrix * (1e4 / matrix.sum(1, keepdims=True))).astype(float)
+    mean, variance, score = scaled.mean(0), scaled.var(0, ddof=1), np.ones(150)
+    level, dispersion = np.log1p(mean), np.log(variance / mean)  # the plain form of Seurat's rule
+    bins = np.maximum(1, np.ceil(20 * (level - level.min()) / np.ptp(level)))
+    for here in (bins == number for number in range(1, 21)):
+        if here.sum() > 1:
             score[here] = (dispersion[here] - dispersion[here].mean()) / dispersion[here].std(ddof=1)
     names = [*GENES, *(f"H{i}" for i in range(150))]
     assert dataset.genes == [names[i] for i in np.sort(np.argsort(-score)[:20])]
     assert load(write(tmp_path / "log.h5ad", normalised(matrix)), hvg=20).genes == dataset.genes
-    assert any("the 20 most variable of 150 genes" in note for note in dataset.notes)
+    assert noted(dataset, "the 20 most variable of 150 genes")
 
-
-# ------------------------------------------------------------------------------------------------ embeddings
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("form", [
@@ -436,8 +325,7 @@ def test_chosen_genes_have_the_largest_dispersion_within_their_bin(tmp_path, mon
     ids=["lists", "tuples", "float64", "float32", "big-endian", "products", "scalars"])
 def test_genept_pickles_are_read(tmp_path, protocol, form):
     rows = {"AAA": [1.0, 2, -2], "BBB": [2.0, 4, 6], np.str_("CCC"): [4.0, 0, 0], "NONE": [0.0, 0, 0]}
-    path = tmp_path / "GenePT.pickle"
-    table = {gene: form(row) for gene, row in rows.items()}
+    path, table = tmp_path / "GenePT.pickle", {gene: form(row) for gene, row in rows.items()}
     path.write_bytes(pickle.dumps(table, protocol))
     genes, embeddings = data.read_embeddings(path)
     assert genes == ["AAA", "BBB", "CCC"]                               # a zero row is no embedding
@@ -445,64 +333,64 @@ def test_genept_pickles_are_read(tmp_path, protocol, form):
 
 
 class Attack:
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return self.call
+        return self.call[0], self.call[1:]
 
 
-ATTACKS = {
-    "os.system": lambda mark: Attack(os.system, f"touch {mark}"),
-    "eval": lambda mark: Attack(eval, f"open({str(mark)!r}, 'w')"),
-    "exec": lambda mark: Attack(exec, f"open({str(mark)!r}, 'w')"),
-    "open": lambda mark: Attack(open, str(mark), "w"),
-    "getattr": lambda mark: Attack(getattr, Attack(__import__, "os"), "system"),
-    "nested": lambda mark: [[{"deep": Attack(subprocess.check_call, ["touch", str(mark)])}]],
-    "object array attack": lambda mark: np.array([Attack(os.system, f"touch {mark}")], dtype=object),
-    "object array": lambda mark: np.array([{"any": "object"}], dtype=object),
-    "other class": lambda mark: collections.Counter("ab")}
-HANDMADE = [
-    b"cos\nsystem\n(S'touch %s'\ntR.", b"cnumpy\ndtype\n(S'O'\ntR.", b"cnumpy\nload\n(S'%s'\ntR.",
-    b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x01tC\x01bt R.",
-    b"\x80\x04\x8e\x00\x00\x00\x80\x03\x00\x00\x00a.",                      # 13 bytes that ask for 15 GB
-    b"\x80\x04}K\x01\x85\x94%sK\x01s." % b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)),  # slow
-    b"\x80\x04}\x8c\x01A]\x94%ss." % b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(60)),  # nested lists
-    b"\x80\x04}\x94", b"\x80\x04X\xff\xff\xff\x7fa", b"junk that is no pickle at all", b"."]
-TABLES = [{}, {"A": [1.0], "B": [1.0, 2.0]}, {"A": "text"}, {"A": None}, {3: [1.0]}, ["A"], {"A": 1.0},
-          {"A": "12"}, {"A": [float("nan")]}, {"A": [[1.0], [2.0, 3.0]]}, {"A\n": [1.0]}]
+PICKLES = {
+    "os.system": {"AAA": Attack(os.system, "touch ran")},
+    "eval": {"AAA": Attack(eval, "open('ran', 'w')")},
+    "exec": {"AAA": Attack(exec, "open('ran', 'w')")},
+    "open": {"AAA": Attack(open, "ran", "w")},
+    "getattr": {"AAA": Attack(getattr, Attack(__import__, "os"), "system")},
+    "nested": {"AAA": [[{"deep": Attack(subprocess.check_call, ["touch", "ran"])}]]},
+    "object array attack": {"AAA": np.array([Attack(os.system, "touch ran")], dtype=object)},
+    "object array": {"AAA": np.array([{"any": "object"}], dtype=object)},
+    "other class": {"AAA": collections.Counter("ab")},
+    "handmade os.system": b"cos\nsystem\n(S'touch ran'\ntR.",
+    "dtype of objects": b"cnumpy\ndtype\n(S'O'\ntR.",
+    "numpy.load": b"cnumpy\nload\n(S'ran'\ntR.",
+    "empty array": b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x01tC\x01bt R.",
+    "13 bytes that ask for 15 GB": b"\x80\x04\x8e\x00\x00\x00\x80\x03\x00\x00\x00a.",
+    "a key slow to hash": b"\x80\x04}K\x01\x85\x94%sK\x01s." % b"".join(
+        b"h%ch%c\x86\x94" % (i, i) for i in range(60)),
+    "lists in lists": b"\x80\x04}\x8c\x01A]\x94%ss." % b"".join(
+        b"](h%ch%ce\x94" % (i, i) for i in range(60)),
+    "no end": b"\x80\x04}\x94", "text beyond the end": b"\x80\x04X\xff\xff\xff\x7fa",
+    "junk": b"junk that is no pickle at all", "nothing to return": b".",
+    "an empty dict": {}, "other lengths": {"A": [1.0], "B": [1.0, 2.0]}, "text": {"A": "text"},
+    "digits": {"A": "12"}, "None": {"A": None}, "a number as gene": {3: [1.0]}, "a list": ["A"],
+    "a number as row": {"A": 1.0}, "not-a-number": {"A": [float("nan")]},
+    "ragged": {"A": [[1.0], [2.0, 3.0]]}, "a line break in a gene": {"A\n": [1.0]}}
 
 
-@pytest.mark.parametrize("content", [*ATTACKS, *HANDMADE, *TABLES])
-def test_a_pickle_of_anything_else_is_refused_and_runs_nothing(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_of_anything_else_is_refused_and_runs_nothing(tmp_path, monkeypatch, name):
     monkeypatch.setattr(data, "SECONDS_TO_OPEN", 1)
-    path, mark = tmp_path / "e.pickle", tmp_path / "ran"
-    if isinstance(content, bytes):
-        path.write_bytes(content.replace(b"%s", str(mark).encode()))
-    else:
-        table = {"AAA": ATTACKS[content](mark)} if isinstance(content, str) else content
-        path.write_bytes(pickle.dumps(table))
-    with pytest.raises(data.DataError, match="e.pickle"):
+    monkeypatch.chdir(tmp_path)                             # where attacks leave a file
+    content, path = PICKLES[name], tmp_path / "e.pickle"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with refused(match="e.pickle"):
         data.read_embeddings(path)
-    assert not mark.exists()
+    assert os.listdir() == ["e.pickle"]
 
-
-# ------------------------------------------------------------------------------------------------ packing
 
 def test_a_packed_file_holds_the_same_data_sorted_mapped_and_is_an_anndata_file(tmp_path):
     path, packed = write(tmp_path / "x.h5ad"), tmp_path / "p.h5"
     embeddings = write_embeddings(tmp_path / "e.npz")
-    data.pack(path, packed, say=lambda line: None, genept=embeddings)
+    pack(path, packed, genept=embeddings)
     plain, dataset = load(path, genept=embeddings), data.load(packed)
     assert dataset.expression.matrix.filename == str(packed)
     key = list(zip(dataset.cell_line, dataset.perturbation, dataset.gem_group))
     assert key == sorted(key)
-    assert_same(cells_of(dataset), written_cells(counts(), labels()))
-    for name in ("genes", "cell_lines", "perturbations", "gem_groups", "embedding_genes", "notes"):
-        assert getattr(dataset, name) == getattr(plain, name)
-    for name in ("embeddings", "cell_line", "perturbation", "gem_group"):
+    assert_holds(dataset, normalised(counts()), labels())
+    for name in ("genes", "cell_lines", "perturbations", "gem_groups", "embedding_genes", "notes",
+                 "embeddings", "cell_line", "perturbation", "gem_group"):
         np.testing.assert_array_equal(getattr(dataset, name), getattr(plain, name))
-    np.testing.assert_array_equal(everything(dataset), everything(plain))
+    np.testing.assert_array_equal(dataset.expression[:], plain.expression[:])
     assert data.read_embeddings(packed)[0] == ["AAA", "BBB", "CCC"]
     with h5py.File(packed) as file:
         assert file.attrs["encoding-type"] == "anndata" and file["obs"].attrs["encoding-type"] == "dataframe"
@@ -510,186 +398,159 @@ def test_a_packed_file_holds_the_same_data_sorted_mapped_and_is_an_anndata_file(
         assert set(file["obs"]) == {"_index", "cell_line", "perturbation", "gem_group"}
 
 
-@pytest.mark.parametrize("everything", [False, True])
-def test_packing_keeps_the_embeddings_of_the_perturbed_genes_or_all(tmp_path, everything):
-    path, options = write(tmp_path / "x.h5ad"), {"say": lambda line: None, "all_embeddings": everything}
-    options["genept"] = write_embeddings(tmp_path / "e.npz", ["AAA", "CCC", "ELSE"])
-    notes = data.pack(path, tmp_path / "p.h5", **options)
-    assert data.load(tmp_path / "p.h5").embedding_genes == ["AAA", "CCC", "ELSE"][:3 if everything else 2]
-    assert any("--all-embeddings" in note for note in notes) != everything
+def test_packing_keeps_the_embeddings_of_the_perturbed_genes_or_all_and_names_twins(tmp_path):
+    path, packed, genes = write(tmp_path / "x.h5ad"), tmp_path / "p.h5", ["AAA", "CCC", "ELSE"]
+    embeddings = write_embeddings(tmp_path / "e.npz", genes, [[1, 2], [1, 2], [1, 2]])
+    for keep_all in (False, True):
+        notes = pack(path, packed, genept=embeddings, all_embeddings=keep_all)
+        assert data.load(packed).embedding_genes == genes[:3 if keep_all else 2]
+        assert noted(notes, "--all-embeddings") != keep_all and load(packed).notes == notes
+        assert any("1 embeddings belong to several" in note and "AAA = CCC" in note for note in notes)
 
 
-def test_a_file_packed_without_embeddings_takes_them_at_loading(tmp_path):
-    packed = tmp_path / "p.h5"
-    data.pack(write(tmp_path / "x.h5ad"), packed, say=lambda line: None)
-    with pytest.raises(data.DataError, match="--genept"):
-        data.load(packed)
-    dataset = data.load(packed, genept=write_embeddings(tmp_path / "e.npz", ["AAA", "CCC"]))
-    assert dataset.perturbations == ["non-targeting", "AAA", "CCC"]
-    assert cells_of(dataset) == [cell for cell in cells_of(load(packed)) if cell[1] != "BBB"]
+def test_perturbations_without_an_embedding_are_dropped_counted_and_named_packed_or_not(tmp_path):
+    packed, path = tmp_path / "p.h5", write(tmp_path / "x.h5ad")
+    pack(path, packed)
+    for file in (path, packed):
+        with refused(match="--genept"):
+            data.load(file)
+        embeddings = write_embeddings(tmp_path / "e.npz", ["AAA", "CCC", "ELSE"])
+        dataset = load(file, genept=embeddings, need_embeddings=True)
+        assert dataset.perturbations == ["non-targeting", "AAA", "CCC"]
+        assert dataset.embedding_genes == ["AAA", "CCC", "ELSE"]
+        assert noted(dataset, "1 perturbations without an embedding left out: BBB")
+        table = dataset.perturbation_embeddings()
+        assert not table[0].any() and np.array_equal(table[2], dataset.embeddings[1])
+        assert cells_of(dataset) == [cell for cell in cells_of(load(file)) if cell[1] != "BBB"]
+        assert load(file, genept=embeddings).perturbations == ["non-targeting", "AAA", "BBB", "CCC"]
 
 
 # ------------------------------------------------------------------------------------------------ splits
 
 @pytest.fixture(scope="module")
-def simulated():
+def dataset():
     return data.simulate(cell_lines=3, perturbations=40, genes=10, cells=4, controls=20)
 
 
-def parts_of(cut):
-    return [set(cut.train), set(cut.validation), set(cut.test)]
+def sizes(cut):
+    return len(cut.train), len(cut.validation), len(cut.test)
 
 
-RULES = ["cell-line:simB", "cell-line:SIMB", "perturbation:0", "perturbation:1", "perturbation:2"]
+def test_cells_and_conditions_agree_with_the_labels(dataset):
+    for line, p in np.ndindex(3, 41):
+        here = (dataset.cell_line == line) & (dataset.perturbation == p)
+        assert np.array_equal(dataset.cells(line, p), np.flatnonzero(here))
+    assert dataset.conditions() == [(line, p) for line in range(3) for p in range(1, 41)]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_no_condition_is_in_two_parts_and_controls_are_in_none(simulated, rule):
-    cut = data.split(simulated, rule)
-    train, validation, test = parts_of(cut)
-    assert not train & validation and not train & test and not validation & test
-    assert train | validation | test == set(simulated.conditions())
-    assert all(p != 0 for _, p in simulated.conditions())
-    assert all(part == sorted(part) for part in (cut.train, cut.validation, cut.test))
+def test_every_condition_is_in_one_part_and_the_control_in_none(dataset):
+    for rule in ("cell-line:simB", "cell-line:SIMB", "perturbation:0", "perturbation:1", "perturbation:2"):
+        cut = data.split(dataset, rule)
+        assert sorted(cut.train + cut.validation + cut.test) == dataset.conditions()    # without controls
+        assert all(part == sorted(part) for part in (cut.train, cut.validation, cut.test))
 
 
-def test_a_held_out_line_keeps_thirty_percent_and_validates_on_ten_percent(simulated):
-    cut = data.split(simulated, "cell-line:simB")
+def test_a_held_out_line_keeps_thirty_percent_and_validates_on_ten_percent(dataset):
+    cut = data.split(dataset, "cell-line:simB", seed=0)
     assert {line for line, _ in cut.validation + cut.test} == {1}
-    assert (sum(line == 1 for line, _ in cut.train), len(cut.validation), len(cut.test)) == (12, 4, 24)
+    assert (sum(line == 1 for line, _ in cut.train), *sizes(cut)) == (12, 92, 4, 24)
     few = data.simulate(cell_lines=2, perturbations=4, genes=4, cells=2, controls=3)
     few.cell_line[(few.cell_line == 0) & (few.perturbation == 1)] = 1       # one line lacks a perturbation
-    assert [len(part) for part in parts_of(data.split(few, "cell-line:simB"))] == [3 + 1, 1, 2]
-
-
-def test_the_three_folds_cut_the_genes_alike_in_all_lines_and_never_train_on_one_twice(simulated):
-    trained = []
-    for fold in range(3):
-        cut = data.split(simulated, f"perturbation:{fold}")
-        assert [len({p for _, p in part}) for part in parts_of(cut)] == [12, 4, 24]
-        assert [len(part) for part in parts_of(cut)] == [36, 12, 72]
-        trained += {p for _, p in cut.train}
-    assert len(trained) == len(set(trained)) == 36
-
-
-def test_splits_are_the_same_on_every_machine(simulated):
-    """The held-out perturbations written down once: a change of this list changes everybody's results."""
-    cut = data.split(simulated, "cell-line:simA", seed=0)
-    names = [simulated.perturbations[p] for _, p in cut.validation]
+    assert sizes(data.split(few, "cell-line:simB")) == (3 + 1, 1, 2)
+    cut = data.split(dataset, "cell-line:simA", seed=0)     # the same on every machine: everybody's results
+    names = [dataset.perturbations[p] for _, p in cut.validation]
     assert names == ["GENE012", "GENE013", "GENE031", "GENE033"]
-    assert data.split(simulated, "cell-line:simA", seed=1).validation != cut.validation
+    assert data.split(dataset, "cell-line:simA", seed=1).validation != cut.validation
 
 
-def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(simulated, tmp_path):
+def test_the_three_folds_cut_the_genes_alike_in_all_lines_and_never_train_on_one_twice(dataset):
+    cuts = [data.split(dataset, f"perturbation:{fold}") for fold in range(3)]
+    for cut in cuts:
+        assert sizes(cut) == (36, 12, 72)
+        assert [len({p for _, p in part}) for part in (cut.train, cut.validation, cut.test)] == [12, 4, 24]
+    assert len({p for cut in cuts for _, p in cut.train}) == 36
+
+
+def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(dataset, tmp_path):
+    def cut_of(text):
+        (tmp_path / "s.toml").write_text(text)
+        return data.split(dataset, tmp_path / "s.toml")
+    cut = cut_of('[datasets]\none = "folder"\ntwo = "folder"\n[training]\none = "train"\n[zeroshot]\n'
+                 '"two.simC" = "test"\n"two.nowhere" = "val"\n[fewshot."one.SIMB"]\n'
+                 'val = ["GENE001", "GENE002"]\ntest = ["GENE003", "ABSENT"]\n')
+    assert cut.validation == [(1, 1), (1, 2)] and sizes(cut) == (40 + 37, 2, 41)
+    assert cut.test == [(1, 3), *((2, p) for p in range(1, 41))]
+    assert noted(cut, "1 perturbations listed for SIMB are not in the data: ABSENT",
+                 "1 cell lines are not in the data: nowhere") and not noted(cut, "no part")
+    assert sizes(cut_of('[zeroshot]\n"one.simA" = "test"\n"one.simB" = "train"\n')) == (40, 0, 40)
+    cut = cut_of('[fewshot."one.simB"]\ntrain = ["GENE001"]\nval = ["GENE002"]\ntest = ["GENE003"]\n')
+    assert sizes(cut) == (1, 1, 1) and "117 conditions belong to no part" in cut.notes[0]
+
+
+FILE = r"^\S+s\.toml: |leaves nothing to test"
+WRONG_SPLITS = {
+    "cell-line:hela": "simA, simB, simC", "perturbation:3": "0, 1 and 2", "random": "cell-line:NAME",
+    "nowhere.toml": "no such file", "not toml [": FILE, "[other]\n": FILE, "training = 3\n": FILE,
+    '[training]\na = "train"\n': FILE, '[zeroshot]\n"a.simA" = "somewhere"\n': FILE,
+    '[zeroshot]\na.simA = "test"\n': FILE, '[fewshot."a.simA"]\nother = ["X"]\n': FILE,
+    '[fewshot."a.simA"]\ntest = "GENE001"\n': FILE, '[fewshot."a.simA"]\ntest = [1]\n': FILE,
+    '[fewshot."a.simA"]\ntest = ["X"]\nval = ["X"]\n': FILE,
+    '[zeroshot]\n"a.simA" = "test"\n[fewshot."b.sima"]\ntest = ["X"]\n': FILE}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SPLITS)
+def test_wrong_splits_are_refused_with_the_file_or_what_there_is(dataset, tmp_path, wrong):
     path = tmp_path / "s.toml"
-    path.write_text('[datasets]\none = "folder"\ntwo = "folder"\n[training]\none = "train"\n[zeroshot]\n'
-                    '"two.simC" = "test"\n"two.nowhere" = "val"\n[fewshot."one.SIMB"]\n'
-                    'val = ["GENE001", "GENE002"]\ntest = ["GENE003", "ABSENT"]\n')
-    cut = data.split(simulated, path)
-    names = [{(simulated.cell_lines[line], simulated.perturbations[p]) for line, p in part}
-             for part in parts_of(cut)]
-    assert names[1] == {("simB", "GENE001"), ("simB", "GENE002")} and len(names[0]) == 40 + 37
-    assert {line for line, _ in names[2]} == {"simC", "simB"} and len(names[2]) == 41
-    assert ("simB", "GENE003") in names[2]
-    notes = "\n".join(cut.notes)
-    assert "1 perturbations listed for SIMB are not in the data: ABSENT" in notes
-    assert "1 cell lines are not in the data: nowhere" in notes and "no part" not in notes
-    path.write_text('[zeroshot]\n"one.simA" = "test"\n"one.simB" = "train"\n')
-    assert [len(part) for part in parts_of(data.split(simulated, path))] == [40, 0, 40]
-    path.write_text('[fewshot."one.simB"]\ntrain = ["GENE001"]\nval = ["GENE002"]\ntest = ["GENE003"]\n')
-    cut = data.split(simulated, path)
-    assert [len(part) for part in parts_of(cut)] == [1, 1, 1]
-    assert "117 conditions belong to no part" in cut.notes[0]
-
-
-@pytest.mark.parametrize("text", [
-    "not toml [", "[other]\n", '[zeroshot]\n"a.simA" = "somewhere"\n', '[zeroshot]\na.simA = "test"\n',
-    'training = 3\n', '[fewshot."a.simA"]\nother = ["X"]\n', '[fewshot."a.simA"]\ntest = "GENE001"\n',
-    '[training]\na = "train"\n', '[fewshot."a.simA"]\ntest = ["X"]\nval = ["X"]\n',
-    '[fewshot."a.simA"]\ntest = [1]\n',
-    '[zeroshot]\n"a.simA" = "test"\n[fewshot."b.sima"]\ntest = ["X"]\n'])
-def test_wrong_split_files_are_refused_by_name(simulated, tmp_path, text):
-    (tmp_path / "s.toml").write_text(text)
-    with pytest.raises(data.DataError, match=r"^\S+s\.toml: |leaves nothing to test"):
-        data.split(simulated, str(tmp_path / "s.toml"))
-
-
-@pytest.mark.parametrize("rule, needed", [
-    ("cell-line:hela", "simA, simB, simC"), ("perturbation:3", "0, 1 and 2"), ("random", "cell-line:NAME"),
-    ("nowhere.toml", "no such file")])
-def test_wrong_split_rules_list_what_there_is(simulated, rule, needed):
-    with pytest.raises(data.DataError, match=needed):
-        data.split(simulated, rule)
+    path.write_text(wrong)
+    with refused(match=WRONG_SPLITS[wrong]):
+        data.split(dataset, str(path) if WRONG_SPLITS[wrong] == FILE else wrong)
 
 
 @needs_shared
 @pytest.mark.parametrize("file", ["", "_jurkat", "_k562", "_rpe1"])
 def test_the_papers_split_files_hold_out_104_and_624_genes(file):
     path = SHARED / "splits" / f"repogle_nadig{file}.toml"
-    training, rules = data.read_split_file(path)
-    (key, rule), = rules.items()
+    (key, rule), = data.read_split_file(path)[1].items()
     names, lines = [*rule["val"], *rule["test"], "MYC", "TP53"], ["hepg2", "jurkat", "k562", "rpe1"]
     cell_line, perturbation = np.divmod(np.arange(4 * len(names) + 4), len(names) + 1)
-    dataset = data.Dataset("made", ["G"], lines, ["non-targeting", *names], ["all"], None, cell_line,
-                           perturbation, np.zeros(len(cell_line), int), [], np.zeros((0, 0)))
-    cut = data.split(dataset, path)
-    assert (len(cut.validation), len(cut.test), len(cut.train)) == (104, 624, 3 * 730 + 2)
-    assert {lines[line] for line, _ in cut.test} == {key.partition(".")[2]} and not cut.notes
+    made = data.Dataset("made", ["G"], lines, ["non-targeting", *names], ["all"], None, cell_line,
+                        perturbation, np.zeros(len(cell_line), int), [], np.zeros((0, 0)))
+    cut = data.split(made, path)
+    assert sizes(cut) == (3 * 730 + 2, 104, 624) and not cut.notes
+    assert {lines[line] for line, _ in cut.test} == {key.partition(".")[2]}
 
 
 # ------------------------------------------------------------------------------------------------ sampling
 
-def showing_rows(**options):
-    """A simulation in which the expression of a cell is its row number."""
-    dataset = data.simulate(genes=4, **options)
-    dataset.expression = np.arange(len(dataset.cell_line), dtype=np.float32)[:, None].repeat(4, 1)
-    return dataset
-
-
 def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups():
-    dataset = showing_rows(cell_lines=2, perturbations=3, cells=30, controls=200)
-    batch = data.SetSampler(dataset, dataset.conditions(), 16, seed=1).draw(0, range(40))
-    assert batch.control.shape == batch.target.shape == (40, 16, 4) and batch.gem_group.shape == (40, 16)
-    for number in range(40):
-        target, control = batch.target[number, :, 0].astype(int), batch.control[number, :, 0].astype(int)
-        assert (dataset.perturbation[target] == batch.perturbation[number]).all()
-        assert (dataset.perturbation[control] == 0).all()
-        assert (dataset.cell_line[np.append(target, control)] == batch.cell_line[number]).all()
-        assert np.array_equal(dataset.gem_group[target], dataset.gem_group[control])
-        assert np.array_equal(dataset.gem_group[control], batch.gem_group[number])
-        assert len(set(target)) == len(set(control)) == 16 and not set(target) & set(control)
+    shown = data.simulate(cell_lines=2, perturbations=3, genes=4, cells=30, controls=200)
+    shown.expression = np.float32(np.arange(len(shown.cell_line)))[:, None].repeat(4, 1)    # the row numbers
+    batch = data.SetSampler(shown, shown.conditions(), 16, seed=1).draw(0, range(40))
+    assert batch.control.shape == batch.target.shape == (40, 16, 4)
+    target, control = batch.target[..., 0].astype(int), batch.control[..., 0].astype(int)
+    assert (shown.perturbation[target] == batch.perturbation[:, None]).all()
+    assert (shown.perturbation[control] == 0).all()
+    assert (shown.cell_line[np.hstack([target, control])] == batch.cell_line[:, None]).all()
+    np.testing.assert_array_equal(shown.gem_group[target], batch.gem_group)
+    np.testing.assert_array_equal(shown.gem_group[control], batch.gem_group)
+    assert all(len({*a}) == len({*b}) == 16 and not {*a} & {*b} for a, b in zip(target, control))
     seen = set(zip(batch.cell_line.tolist(), batch.perturbation.tolist()))
-    assert seen == {(line, p) for line in range(2) for p in range(4)}       # controls are a condition, too
+    assert seen == {*np.ndindex(2, 4)}                      # controls are a condition, too
+    sampler = data.SetSampler(shown, shown.conditions(), 300, seed=0, controls_too=False)
+    batch = sampler.draw(3, range(8))                       # of 30 cells, 200 controls: some repeat
+    assert batch.target.shape == (8, 300, 4) and (batch.perturbation > 0).all()
+    assert (shown.perturbation[batch.target[..., 0].astype(int)] == batch.perturbation[:, None]).all()
+    with refused(match="no conditions"):
+        data.SetSampler(shown, [], 12, seed=0)
 
 
-def test_cells_repeat_only_where_there_are_fewer_than_a_set_needs():
-    dataset = showing_rows(cell_lines=1, perturbations=2, cells=5, controls=6)
-    batch = data.SetSampler(dataset, dataset.conditions(), 12, seed=0, controls_too=False).draw(3, range(8))
-    assert batch.target.shape == (8, 12, 4)
-    assert (dataset.perturbation[batch.target[..., 0].astype(int)] == batch.perturbation[:, None]).all()
-    with pytest.raises(data.DataError, match="no conditions"):
-        data.SetSampler(dataset, [], 12, seed=0)
-
-
-def test_a_gem_group_without_controls_takes_controls_of_the_line():
-    dataset = data.simulate(cell_lines=2, perturbations=2, genes=4, cells=10, controls=30)
-    dataset.gem_group[dataset.perturbation == 0] = 0
-    real, control = data.evaluation_cells(dataset, (1, 1), seed=0)
-    assert (dataset.cell_line[control] == 1).all() and (dataset.perturbation[control] == 0).all()
-
-
-def test_a_set_depends_on_seed_step_and_number_alone(simulated):
-    sampler = data.SetSampler(simulated, simulated.conditions(), 8, seed=5)
+def test_a_set_depends_on_seed_step_and_number_alone_drawn_ahead_or_not(dataset):
+    sampler, other_seed = (data.SetSampler(dataset, dataset.conditions(), 8, seed) for seed in (5, 6))
     whole, half = sampler.draw(7, range(6)), sampler.draw(7, [4, 5])
     np.testing.assert_array_equal(whole.target[4:], half.target)
     np.testing.assert_array_equal(whole.control[4:], half.control)
-    other_seed = data.SetSampler(simulated, simulated.conditions(), 8, seed=6)
     for other in (sampler.draw(8, range(6)), other_seed.draw(7, range(6))):
         assert not np.array_equal(whole.target, other.target)
-
-
-def test_prefetching_gives_the_batches_of_drawing_and_draws_ahead(simulated):
-    sampler = data.SetSampler(simulated, simulated.conditions(), 8, seed=5)
     for step, batch in zip(range(3, 7), data.prefetch(sampler, range(3, 7), range(2)), strict=True):
         np.testing.assert_array_equal(batch.target, sampler.draw(step, range(2)).target)
 
@@ -702,7 +563,7 @@ def test_a_failing_draw_is_raised_at_the_caller_and_leaves_no_thread():
             return step
     batches = data.prefetch(Failing(), range(5), range(1))
     assert [next(batches), next(batches)] == [0, 1]
-    with pytest.raises(data.DataError, match="gone"):
+    with refused(match="gone"):
         next(batches)
     closed = data.prefetch(Failing(), range(2), range(1))
     next(closed)
@@ -712,20 +573,22 @@ def test_a_failing_draw_is_raised_at_the_caller_and_leaves_no_thread():
 
 
 def test_evaluation_cells_are_capped_paired_and_rounded_up():
-    dataset = data.simulate(cell_lines=1, perturbations=2, genes=4, cells=90, controls=400)
-    real, control = data.evaluation_cells(dataset, (0, 1), seed=3, max_cells=50, multiple_of=64)
+    made = data.simulate(cell_lines=1, perturbations=2, genes=4, cells=90, controls=400)
+    real, control = data.evaluation_cells(made, (0, 1), seed=3, max_cells=50, multiple_of=64)
     assert len(set(real)) == 50 and len(control) == 64
-    assert np.array_equal(dataset.gem_group[control[:50]], dataset.gem_group[real])
-    again, floor = data.evaluation_cells(dataset, (0, 1), seed=3, max_cells=50)
-    assert np.array_equal(floor, control[:50])  # the floor does not depend on the size of a set
-    assert np.array_equal(real, again) and len(data.evaluation_cells(dataset, (0, 2), seed=3)[0]) == 90
-    assert not np.array_equal(real, data.evaluation_cells(dataset, (0, 1), seed=4, max_cells=50)[0])
+    assert np.array_equal(made.gem_group[control[:50]], made.gem_group[real])
+    again, floor = data.evaluation_cells(made, (0, 1), seed=3, max_cells=50)
+    assert np.array_equal(floor, control[:50])              # the floor does not depend on the size of a set
+    assert np.array_equal(real, again) and len(data.evaluation_cells(made, (0, 2), seed=3)[0]) == 90
+    assert not np.array_equal(real, data.evaluation_cells(made, (0, 1), seed=4, max_cells=50)[0])
     assert real[:6].tolist() == [402, 403, 406, 407, 408, 411]                  # the same on every machine
-    real, control = data.evaluation_cells(dataset, (0, 0), seed=3, max_cells=50)
+    real, control = data.evaluation_cells(made, (0, 0), seed=3, max_cells=50)
     assert not set(real) & set(control)                     # controls are predicted from other controls
+    made = data.simulate(cell_lines=2, perturbations=2, genes=4, cells=10, controls=30)
+    made.gem_group[made.perturbation == 0] = 0              # the others take controls of the line
+    real, control = data.evaluation_cells(made, (1, 1), seed=0)
+    assert (made.cell_line[control] == 1).all() and (made.perturbation[control] == 0).all()
 
-
-# ------------------------------------------------------------------------------------------------ simulation
 
 def test_the_simulation_comes_from_the_seed_alone_and_is_quick():
     started = time.perf_counter()
@@ -735,41 +598,31 @@ def test_the_simulation_comes_from_the_seed_alone_and_is_quick():
     np.testing.assert_array_equal(first.expression, second.expression)
     np.testing.assert_array_equal(first.embeddings, second.embeddings)
     assert not np.array_equal(first.expression, data.simulate(seed=4).expression)
-    assert first.name == "simulated" and any("simulated" in note for note in first.notes)
+    assert first.name == "simulated" and noted(first, "simulated")
 
 
-def test_simulated_responses_are_strong_for_some_perturbations_and_weak_for_others():
-    dataset = data.simulate()
-    control = dataset.expression[dataset.cells(0, 0)]
-    half = np.linalg.norm(control[:40].mean(0) - control[40:].mean(0))
-    means = [dataset.expression[dataset.cells(0, p)].mean(0) for p in range(1, 81)]
-    effects = [np.linalg.norm(mean - control.mean(0)) for mean in means]
-    assert max(effects) > 3 * half and min(effects) < 1.3 * half
+def test_simulated_responses_are_strong_or_weak_and_often_alike_where_embeddings_are():
+    made = data.simulate(cell_lines=1, perturbations=60, cells=60)
+    control = made.expression[made.cells(0, 0)]
+    means = np.stack([made.expression[made.cells(0, p)].mean(0) for p in range(1, 61)])
+    response, pairs = means - control.mean(0), np.triu_indices(60, 1)
+    half = np.linalg.norm(control[:60].mean(0) - control[60:120].mean(0))
+    effects = np.linalg.norm(response, axis=1)
+    assert effects.max() > 3 * half and effects.min() < 1.3 * half
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            for rows in (response, made.perturbation_embeddings()[1:])]
+    assert 0.15 < np.corrcoef(*((rows @ rows.T)[pairs] for rows in unit))[0, 1] < 0.9
 
-
-def test_similar_simulated_embeddings_often_but_not_always_mean_similar_responses():
-    dataset = data.simulate(cell_lines=1, perturbations=60, cells=60)
-    table = dataset.perturbation_embeddings()[1:]
-    table /= np.linalg.norm(table, axis=1, keepdims=True)
-    base = dataset.expression[dataset.cells(0, 0)].mean(0)
-    response = np.stack([dataset.expression[dataset.cells(0, p)].mean(0) - base for p in range(1, 61)])
-    response /= np.linalg.norm(response, axis=1, keepdims=True)
-    pairs = np.triu_indices(60, 1)
-    correlation = np.corrcoef((table @ table.T)[pairs], (response @ response.T)[pairs])[0, 1]
-    assert 0.15 < correlation < 0.9
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 def test_written_anndata_reads_back_in_any_order_of_rows(tmp_path):
     path, obs = tmp_path / "w.h5ad", {"gene": [], "score": []}
-    uns = {"note": "simulated", "deep": {"n": 3, "names": ["a", "b"]}}
 
     def blocks():
         for i, name in enumerate("aba"):
             obs["gene"].append(name)                        # filled while the blocks are made
             obs["score"].append(0.5 * i)
             yield [2 - i], {"X": [[1.5 * i, 2.0]], "layers/mean": np.full((1, 2), i)}
+    uns = {"note": "simulated", "deep": {"n": 3, "names": ["a", "b"]}}
     data.write_anndata(path, ["X1", "X2"], obs, blocks(), 3, uns)
     columns = data.read_obs(path, ["gene", "score"])
     assert list(columns["gene"]) == ["a", "b", "a"] and list(columns["score"]) == [0.0, 0.5, 1.0]
@@ -788,20 +641,6 @@ def test_csv_files_have_seven_digits_and_empty_cells_for_nan(tmp_path):
     data.write_csv(tmp_path / "x.csv", ["a", "b", "c"], rows)
     assert (tmp_path / "x.csv").read_text() == 'a,b,c\n0.3333333,,"x,y"\n2,3,\n'
 
-
-def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = write(tmp_path / "x.h5ad")
-    before = path.read_bytes()
-
-    def blocks():
-        yield slice(0, 60), {"X": counts()}
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        data.write_anndata(path, GENES, labels(), blocks(), 60)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.h5ad"]
-
-
-# ------------------------------------------------------------------------------------------------ real cells
 
 @needs_shared
 @pytest.mark.parametrize("file, shape, lines", [("norman_mcfaline_4lines.h5ad", (4381, 500), 4),
