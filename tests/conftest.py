@@ -1,6 +1,7 @@
 """What several test files share: paths, a small model, a tiny data set, the command line."""
 import contextlib
 import csv
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ptrag  # noqa: E402
 
 SMALL = dict(hidden=16, layers=2, heads=2, head_dim=8, feed_forward=32, top_k=4, cells=8, sets=4, steps=5)
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not there")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it
 torch.set_num_threads(1)  # as fast at these sizes, and much faster beside another program
 
 
