@@ -388,7 +388,7 @@ class Matrix:
     counts: bool                 # raw counts, told from a sample: whole numbers
     choose: int = 0              # how many highly variable genes are to be chosen; 0: all are used
     totals: object = None        # the Matrix of all genes, where this one holds the counts of only some
-    lowest: float = 0.0          # value; minus infinity for predictions
+    lowest: float = 0.0          # value; minus infinity for predictions, which may be of any size
 
     @functools.cached_property
     def matrix(self):
@@ -400,8 +400,9 @@ class Matrix:
     def checked(self, values):
         """The values; `DataError` unless all are finite and what counts or their logarithms can be."""
         low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
-        finite = np.isfinite(low) and np.isfinite(high)
-        if not finite or low < self.lowest or not self.counts and high > LOG_NORMALISED_MAX:
+        finite, predicted = np.isfinite(low) and np.isfinite(high), self.lowest < 0
+        most = np.inf if self.counts or predicted else LOG_NORMALISED_MAX
+        if not finite or low < self.lowest or high > most:
             wrong = "not finite" if not finite else "negative" if low < self.lowest else "too large for log1p"
             raise DataError(f"{self.path}: {self.key} holds values that are {wrong} ({low:g} to {high:g}); "
                             "counts, or log1p of normalised counts, were expected")

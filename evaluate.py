@@ -303,6 +303,7 @@ def pool_results(parts):
 
 
 def names_of(dataset, condition):
+    """The cell line and the perturbation of a condition."""
     return dataset.cell_lines[condition[0]], dataset.perturbations[condition[1]]
 
 

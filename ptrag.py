@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import itertools
 import json
 import math
 import os
@@ -49,7 +48,6 @@ class InputError(ValueError):
 
 
 # ---- Stage 1: retrieve, once for every perturbation --------------------------------------------
-
 def retrieve(embeddings, pool, k, how="nearest", seed=0):
     """The k genes of the pool most similar to each perturbation, by cosine of their embeddings.
 
@@ -87,7 +85,6 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
 
 
 # ---- Stage 2: select, for every cell and candidate ---------------------------------------------
-
 class Selection(NamedTuple):
     """What stage 2 decided for B sets of S cells with K candidates."""
     weights: torch.Tensor        # (B, S, K), 0 or 1 in training
@@ -204,7 +201,6 @@ class Selector(nn.Module):
 
 
 # ---- Vanilla RAG, the paper's baseline: attend to all candidates instead ------------------------
-
 class CrossAttention(nn.Module):
     """Query (c_s + p) Wq + bq; keys and values linear maps of a linear projection of the
     candidates' embeddings; softmax scaled by sqrt(h)."""
@@ -223,7 +219,6 @@ class CrossAttention(nn.Module):
 
 
 # ---- Generator: a transformer over the set of cells ---------------------------------------------
-
 def rotate(x, theta=10_000.0):
     """Turns (x_i, x_{i + d/2}) of the cell at position t by t theta^(-2i/d). x (B, heads, S, d)"""
     S, d = x.shape[-2:]
@@ -371,18 +366,19 @@ class PTRAG(nn.Module):
 
 
 # ---- Loss: between populations, so between sets of cells without an order ----------------------
-
 def pairwise_distance(x, y):
-    """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m).
-
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y: nothing of size n m d is made. Both clouds are moved by the
-    mean of y first, which shrinks the rounding error; distances below it are zero, and so is their
-    gradient: coincident points are safe.
-    """
+    """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m), without anything of
+    size n m d. Both clouds are moved by the mean of y first, which shrinks the rounding error."""
     center = y.detach().mean(1, keepdim=True)  # (B, 1, d)
     x, y = x - center, y - center
-    size = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]  # (B, n, m)
-    square = size - 2 * x @ y.transpose(1, 2)
+    return from_products(x.square().sum(-1), y.square().sum(-1), x @ y.transpose(1, 2))
+
+
+def from_products(x_square, y_square, product):
+    """|x - y| (B, n, m) from |x|^2 (B, n), |y|^2 (B, m) and x.y: |x - y|^2 = |x|^2 + |y|^2 - 2 x.y.
+    Below its rounding error zero, and so is the gradient: coincident points are safe."""
+    size = x_square[:, :, None] + y_square[:, None]  # (B, n, m)
+    square = size - 2 * product
     coincident = square <= 8 * torch.finfo(size.dtype).eps * size  # false for nan, which stays nan
     return square.masked_fill(coincident, 1).sqrt().masked_fill(coincident, 0)
 
@@ -392,13 +388,17 @@ def energy_distance(x, y):
     energy distance. x (B, n, d) predicted, y (B, m, d) or (1, m, d) real -> (B,). No gradient to y.
     """
     y = y.detach()
-    between, within_x, within_y = (pairwise_distance(*pair).mean((1, 2))
-                                   for pair in ((x, y), (x, x), (y, y)))
+    center = y.mean(1, keepdim=True)  # (B, 1, d)
+    x, y = x - center, y - center  # once for all three: a tenth of a training step
+    xx, xy, yy = x @ x.transpose(1, 2), x @ y.transpose(1, 2), y @ y.transpose(1, 2)
+    x_square, y_square = xx.diagonal(dim1=1, dim2=2), yy.diagonal(dim1=1, dim2=2)  # (B, n), (B, m)
+    between = from_products(x_square, y_square, xy).mean((1, 2))
+    within_x = from_products(x_square, x_square, xx).mean((1, 2))
+    within_y = from_products(y_square, y_square, yy).mean((1, 2))
     return between - within_x / 2 - within_y / 2
 
 
 # ---- Training: one loss, one loop ---------------------------------------------------------------
-
 class Step(NamedTuple):
     """What a training step measured; tensors stay on the device until someone looks at them."""
     number: int
@@ -499,7 +499,6 @@ def train(model, optimizer, batches, validation, config, progress):
 
 
 # ---- Distances between populations: for comparing, not for training ------------------------------
-
 def wasserstein_1d(x, y, p=1):
     """Exact Wasserstein-p distance of numbers, x (..., n), y (..., m) -> (...); sizes of 1 expand.
 
@@ -600,7 +599,6 @@ def coupling_bounds(cost, plan, f, g):
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
-
 class Prediction(NamedTuple):
     """cells (n, G) float, log1p; probability (n, K) of using each candidate, None without stage 2."""
     cells: np.ndarray
@@ -674,6 +672,7 @@ def used_candidates(model, gene, probability=None):
 
 
 def require(fact, message):
+    """Raises InputError with the message unless the fact is one."""
     if not fact:
         raise InputError(message)
 
@@ -686,7 +685,6 @@ def suggest(name, known):
 
 
 # ---- Settings: every field is an option of the command line --------------------------------------
-
 # Without --data: the same method, small enough for about a minute on one core.
 DEMO = dict(method=",".join(METHODS), split="cell-line:simD", steps=1200, lr=2e-3, sets=16, cells=32, top_k=8,
             hidden=64, layers=2, heads=4, head_dim=16, feed_forward=128, validate_every=50, threads=1)
@@ -769,6 +767,7 @@ FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "com
 
 
 def flag(name):
+    """The command line's spelling of a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -861,7 +860,6 @@ def configure(arguments):
 
 
 # ---- Runs: files, training with checkpoints, predicting ------------------------------------------
-
 class Diverged(RuntimeError):
     """The numbers of a run are no longer finite."""
     exit_status = 1
@@ -922,6 +920,7 @@ def open_data(config, need_split=True):
 
 
 def device_of(config):
+    """The device named, else a GPU where there is one. InputError if it is not there."""
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(),
             f"--device {config.device}: there is no such device here; --device cpu always works")
@@ -1174,6 +1173,7 @@ def run_prediction(config, method=None):
 
 
 def run(arguments):
+    """What the command line asks for, in one process or in those that torchrun started."""
     config, folder = configure(arguments)
     device = device_of(config)  # one that is not there shows before anything is written
     if config.threads:

@@ -272,8 +272,8 @@ def test_what_cannot_be_mapped_is_packed_once_said_and_leaves_no_file(tmp_path, 
 
 
 def test_predicted_cells_stay_as_they_are(tmp_path):
-    """Rows in the file's order, all genes, negative values; neither controls nor embeddings are needed."""
-    matrix, obs = normalised(counts()) - 1.0, labels() | {"gene": ["AAA", "BBB", ""] * 20}
+    """Rows in the file's order, all genes, values of any size; neither controls nor embeddings are needed."""
+    matrix, obs = 3 * normalised(counts()) - 1.0, labels() | {"gene": ["AAA", "BBB", ""] * 20}
     path = write(tmp_path / "x.h5ad", matrix, obs)
     for storage in ({}, {"chunks": (7, 5)}):
         dataset = data.load(edited(path, stored(matrix, **storage)), predicted=True, hvg=3, say=print)

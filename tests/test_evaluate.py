@@ -624,6 +624,6 @@ def test_an_export_is_what_cell_eval_and_cell_load_read(make_run, simulated, tmp
 
 
 def test_predicted_values_that_no_normalised_cell_can_have_are_counted_in_the_notes(simulated):
-    results = measured(simulated, lambda condition: np.full((5, len(simulated.genes)), 9.3, np.float32))
+    results = measured(simulated, lambda condition: np.full((5, len(simulated.genes)), 25, np.float32))
     count = 5 * len(simulated.genes) * len(simulated.conditions())
     assert f"{count:,} predicted values are above log1p(10,000), which no cell has" in results.notes
