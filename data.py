@@ -1259,6 +1259,7 @@ def command_line(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("info", "say what a file holds"), ("pack", "write one file that opens at once")):
         command = commands.add_parser(name, help=text)
+        parser.print_usage = command.print_usage = lambda file: None    # an error is one line
         command.add_argument("path", metavar="file", help="AnnData file (.h5ad, .h5)")
         for option, metavar, text in (
                 ("genept", "FILE", "gene embeddings: GenePT pickle, .npz (genes, embeddings) or packed file"),

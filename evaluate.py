@@ -1141,6 +1141,7 @@ def export(folder, out, say=data.say):
 def run(arguments):
     """The command line, from its words."""
     parser = argparse.ArgumentParser(description="Metrics of predicted cells, with anchors and baselines.")
+    parser.print_usage = lambda file: None  # an error is one line
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="run folders, runs/NAME, side by side or pooled in one table")
     add("--real", help="AnnData file of real cells, controls among them")
