@@ -21,6 +21,7 @@ import math
 import sys
 import textwrap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -46,6 +47,7 @@ COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]   # all that is measure
 ANCHORS = "other real half (ceiling)", "its mean, repeated (collapse)", "no change (floor)"
 CEILING, COLLAPSE, FLOOR = ANCHORS
 HIGHEST = math.log1p(10_000)                               # of a gene that has all counts of its cell
+QUADRATURE = np.polynomial.legendre.leggauss(64)
 ALL_CELLS, EQUAL_COUNTS = 0, 1                             # compared: all cells, or as many as anchors have
 
 
@@ -95,8 +97,7 @@ def student_t_tail(t, freedom):
     Gauss-Legendre quadrature where the integrand is above exp(-40) of its largest value, in the fourth root
     of the distance from the lower end of that part, where it need not be smooth."""
     t, v = np.broadcast_arrays(np.abs(np.asarray(t, np.float64)), np.asarray(freedom, np.float64))
-    node, weight = np.polynomial.legendre.leggauss(64)
-    node, weight = (node + 1) / 2, weight / 2
+    node, weight = (QUADRATURE[0] + 1) / 2, QUADRATURE[1] / 2
     with np.errstate(all="ignore"):
         end, slope, reach = np.arctan2(np.sqrt(v), t), t / np.sqrt(v), 80 / (v - 1)
         width = np.fmin(end, reach / (np.sqrt(slope ** 2 + reach) + slope))
@@ -168,7 +169,7 @@ def discrimination(means, profiles, truth, excluded, cosine=False):
     """How well mean profiles (P, G) single out their perturbation among the line's real ones (N, G) -> (P,).
     1 - r / (N - 1), r = number of real profiles nearer (L1 distance, or cosine) than number `truth`, ties
     counted half, without the genes `excluded` (G,), the targets. Chance is 0.5; nan where N is 1."""
-    means, profiles = (torch.as_tensor(values)[:, ~excluded] for values in (means, profiles))
+    means, profiles = (torch.from_numpy(values * ~excluded) for values in (means, profiles))
     if cosine:
         means, profiles = (torch.nn.functional.normalize(values, dim=1) for values in (means, profiles))
     distance = (-means @ profiles.T if cosine else torch.cdist(means, profiles, p=1)).numpy()  # (P, N)
@@ -358,13 +359,18 @@ def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_ce
     if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
         results.notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
+    threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
     for code in sorted({line for line, _ in conditions}):
         of_line = [i for i, (line, _) in enumerate(conditions) if line == code]
         line = describe_line(dataset, [conditions[i] for i in of_line], controls[code], pick, seed)
-        for truth, i in enumerate(of_line):
+
+        def one(truth, i, line=line):
             predicted = [contender.cells(conditions[i]) for contender in contenders]
             measure_condition(results, i, line, truth, pick(conditions[i]), predicted, baselines, seed)
-            impossible += sum(int((population > HIGHEST).sum()) for population in predicted)
+            return sum(int((population > HIGHEST).sum()) for population in predicted)
+
+        for number in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
+            impossible += number
             if sys.stdout.isatty():
                 done = (results.counts[:, 0] > 0).sum()
                 print(f"\revaluating condition {done} of {C}", end="" if done < C else "\r\x1b[K", flush=True)
@@ -394,7 +400,7 @@ def measure_condition(results, i, line, truth, cells, predicted, baselines, seed
     results.counts[i] = len(real), len(predicted[0]) if predicted else len(real)
     pictured = next((k for k, row in enumerate(results.rows[2:]) if row[0] == results.reference), -1)
     pictures = {"control": whole[0], "real": line.population(real), "predicted": whole[pictured]}
-    results.points[i] = {kind: points[:60, :2].numpy() for kind, (points, _) in pictures.items()}
+    results.points[i] = {kind: points[:60, :2].clone().numpy() for kind, (points, _) in pictures.items()}
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -630,9 +636,10 @@ def describe_retrieval(results, candidates, tasks, empty):
                       f"selected candidates {used}, unselected {unused}; rank correlation of selection "
                       f"probability with the cosine of responses {correlation}"]
             overlaps = line_overlap(groups, cells, np.random.default_rng(0))
+            known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
             for one_model, models in ((1, "one model"), (0, "models of different splits")):
-                if len(pairs := overlaps[overlaps[:, 2] == one_model]):
-                    observed, shuffled, _ = average(pairs, 0)
+                if len(pairs := known[known[:, 2] == one_model]):
+                    observed, shuffled, _ = pairs.mean(0)
                     texts.append(f"Jaccard overlap of the sets selected for a gene in two lines by {models} "
                                  f"{observed:.2f}, with lines shuffled {shuffled:.2f} ({len(pairs)} pairs)")
             if not len(overlaps):

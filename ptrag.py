@@ -5,7 +5,7 @@ embeddings are most similar, (2) let every cell decide, candidate by candidate, 
 (3) generate the perturbed cells from what it chose with a set transformer; all of it trained
 together on the energy distance between predicted and real cells.
 
-    python ptrag.py                                               a minute on simulated data
+    python ptrag.py                                               on simulated data, a minute or two
     python ptrag.py --data replogle.h5 --split cell-line:jurkat
 
 Source: Di Francesco, Rubbi, Lio: PT-RAG, arXiv 2603.07233. The method, in the paper's order, ends
@@ -64,17 +64,18 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
         raise ValueError(f"how {how!r}: must be nearest, random or least")
     has_embedding = (embeddings != 0).any(1)  # (P,)
     pool = pool[has_embedding[pool]]  # (N,)
-    usable = len(pool) - torch.isin(torch.arange(len(embeddings), device=pool.device), pool).long()
+    in_pool = torch.isin(torch.arange(len(embeddings), device=pool.device), pool)  # (P,)
+    usable = len(pool) - in_pool.long()  # (P,), a query does not retrieve itself
     if has_embedding.any() and (fewest := int(usable[has_embedding].min())) < k:
         raise InputError(f"the pool has {fewest} usable genes for a query, fewer than --top-k {k} "
                          "(with --hard-negatives more): lower it, or widen the --pool")
-    unit = F.normalize(embeddings.double(), dim=1)  # (P, E), double: equal genes tie exactly
+    unit = F.normalize(embeddings.double(), dim=1)  # (P, E)
     generator = torch.Generator(embeddings.device).manual_seed(seed)
     candidates = torch.full((len(embeddings), k), -1, device=embeddings.device)
     similarity = embeddings.new_zeros(len(embeddings), k)
     for queries in has_embedding.nonzero().flatten().split(1024):
-        cosine = (unit[queries] @ unit[pool].T).round(decimals=9)  # (Q, N)
-        score = cosine - 1e-15 * torch.arange(len(pool), device=pool.device)  # settles ties
+        cosine = (unit[queries] @ unit[pool].T).round(decimals=9)  # (Q, N), equal genes tie
+        score = cosine - 1e-15 * torch.arange(len(pool), device=pool.device)  # below the rounding
         if how == "random":
             score = torch.rand(cosine.shape, generator=generator, device=cosine.device)
         score = -score if how == "least" else score
@@ -87,14 +88,14 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
 # ---- Stage 2: select, for every cell and candidate ---------------------------------------------
 class Selection(NamedTuple):
     """What stage 2 decided for B sets of S cells with K candidates."""
-    weights: torch.Tensor        # (B, S, K), 0 or 1 in training
+    weights: torch.Tensor        # (B, S, K), 0 or 1 where drawn
     logits: torch.Tensor | None  # (B, S, K, 2), the second meaning "use it"; None with "all"
     probability: torch.Tensor    # (B, S, K), with which a draw selects: sigmoid(l_1 - l_0)
 
 
 def gumbel_noise(shape, device=None):
     """Standard Gumbel noise: -log(-log(u)), u uniform, inverts its distribution exp(-exp(-x))."""
-    return -torch.rand(shape, device=device).clamp_(min=1e-38).log_().neg_().log_()
+    return -torch.rand(shape, device=device).clamp_(min=1e-37).log_().neg_().log_()
 
 
 def straight_through(logits, temperature, noise):
@@ -106,8 +107,8 @@ def straight_through(logits, temperature, noise):
 
 
 def dropout_mask(shape, p, device=None):
-    """Bernoulli(1 - p) mask, p at most 0.9: a random byte an element, eight from one draw, against
-    256 p, rounded up with the probability of its fraction. F.dropout takes ten times as long."""
+    """Mask that keeps with probability 1 - p, p at most 0.9: a random byte an element, eight from
+    one draw, against 256 p rounded at random. F.dropout takes ten times as long."""
     count, threshold = math.prod(shape), (256 * p + torch.rand(())).to(torch.uint8)
     draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-2**63, None)
     return draws.view(torch.uint8)[:count].view(shape) >= threshold
@@ -121,17 +122,18 @@ class Selector(nn.Module):
         w_sk = straight-through Gumbel-Softmax(l_sk), 0 or 1                  (S, K)
         u_s  = sum_k w_sk (z_sk Wv + bv)                                      (S, h)
 
-    No z_sk is ever built. Two linear maps read it, the MLP's first layer and Wv. For such a map W
-    with bias b, and the LayerNorm's gain g and shift t,
+    No z_sk is ever built. LayerNorm takes off the mean, multiplies by r_sk, one over the standard
+    deviation, and by its gain g, and adds its shift t. So for a linear map W that reads z_sk (the
+    MLP's first layer and Wv; W g: its columns scaled by g)
 
-        W z_sk + b = r_sk W' [c_s; p; p_k] + W t + b = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W t + b
+        W z_sk + b = r_sk (W'_c c_s + W'_p p + W'_k p_k) + W t + b,  W' = W g, rows less their mean
 
-    where W' is W g with the mean of every row taken off, which is the same as taking the mean off
-    [c_s; p; p_k], and r_sk is one over its standard deviation: one product per cell, one per query
-    and one per candidate instead of one per pair. Only the MLP's second half sees every pair.
+    one product per cell, per query and per candidate instead of one per pair: taking the mean off
+    the rows of W g is taking it off [c_s; p; p_k]. Only the MLP's second half sees every pair.
 
-    The division bounds selection: logits of variance 1 have margins l_1 - l_0 with a mean square of
-    at most 4, so on average sigmoid(-2) = 12 % of the candidates are drawn at least, 88 % at most.
+    The division bounds selection: with logits of variance 1 the margin's square (l_1 - l_0)^2 <=
+    2 (l_0^2 + l_1^2) has a mean of at most 4. So the mean probability, whatever the penalty, lies
+    between sigmoid(-2) = 12 % and 88 %.
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
@@ -152,15 +154,15 @@ class Selector(nn.Module):
         noise:  (B, S, K, 2) to use instead of drawn Gumbel noise
         """
         select = select or ("sample" if self.training else "expected")
-        parts = cell[:, :, None], query[:, None, None], candidate[:, None]
-        mean = sum(part.mean(-1) for part in parts) / 3  # (B, S, K), of [c_s; p; p_k]
+        parts = cell[:, :, None], query[:, None, None], candidate[:, None]  # [c_s; p; p_k]
+        mean = sum(part.mean(-1) for part in parts) / 3  # (B, S, K), as LayerNorm's
         square = sum(part.square().mean(-1) for part in parts) / 3
         r = ((square - mean * mean).clamp(min=0) + self.norm.eps).rsqrt()  # (B, S, K)
         if select == "all":
             logits, weights, probability = None, torch.ones_like(r), torch.ones_like(r)
         else:
             logits = self.score(cell, query, candidate, r)  # (B, S, K, 2)
-            logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+            logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)  # of a set
             probability = torch.sigmoid(logits[..., 1] - logits[..., 0])  # (B, S, K)
             if select == "sample":
                 noise = gumbel_noise(logits.shape, logits.device) if noise is None else noise
@@ -176,7 +178,7 @@ class Selector(nn.Module):
         return context, Selection(weights, logits, probability)
 
     def separate(self, linear, cell, query, candidate):
-        """The parts of linear(z_sk): per cell (B, S, h), per candidate (B, K, h), constant (h,)."""
+        """Parts of linear(z_sk): W'_c c_s + W'_p p (B, S, h), W'_k p_k (B, K, h), W t + b (h,)."""
         weight = linear.weight * self.norm.weight  # (h, 3h), W g
         of_cell, of_query, of_candidate = (weight - weight.mean(1, keepdim=True)).chunk(3, dim=1)
         per_cell = F.linear(cell, of_cell) + F.linear(query, of_query)[:, None]
@@ -189,14 +191,14 @@ class Selector(nn.Module):
         dropout = self.dropout if self.training else 0.0
         keep = dropout_mask((*r.shape, len(constant)), dropout, r.device)  # (B, S, K, h)
 
-        def pairs(per_candidate, per_cell, r, keep):
-            z = r[..., None] * (per_cell[:, :, None] + per_candidate[:, None]) + constant
-            weight = self.score_out.weight / (1 - dropout)
-            return F.linear(F.gelu(z) * keep, weight, self.score_out.bias)
+        def score_pairs(cells, r, keep):  # (B, s, h), (B, s, K), (B, s, K, h)
+            z = r[..., None] * (cells[:, :, None] + per_candidate[:, None]) + constant
+            weight = self.score_out.weight / (1 - dropout)  # what is dropped is made up for
+            return F.linear(F.gelu(z) * keep, weight, self.score_out.bias)  # (B, s, K, 2)
 
-        at_once = r.shape[1] if r.is_cuda else max(1, 2**19 // keep[:, 0].numel())  # cells of a set
+        at_once = r.shape[1] if r.is_cuda else max(1, 2**19 // keep[:, 0].numel())  # 2 MB of z
         parts = zip(*(part.split(at_once, dim=1) for part in (per_cell, r, keep)))
-        logits = [checkpoint(pairs, per_candidate, *part, use_reentrant=False) for part in parts]
+        logits = [checkpoint(score_pairs, *part, use_reentrant=False) for part in parts]
         return torch.cat(logits, dim=1)
 
 
@@ -270,7 +272,7 @@ class Generator(nn.Module):
 
     def forward(self, x):
         """x (B, S, h) -> (B, S, h)"""
-        x = x.to(self.norm.weight.dtype)  # sums stay exact with --bf16
+        x = x.to(self.norm.weight.dtype)  # with --bf16 the sum over blocks stays float32
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -327,7 +329,7 @@ class PTRAG(nn.Module):
         candidates, similarity = retrieve(self.embeddings, pool, K, how, seed)
         if hard_negatives:
             count = max(1, round(hard_negatives * K))
-            least = retrieve(self.embeddings, pool, K + count, "least")  # so none stands twice
+            least = retrieve(self.embeddings, pool, K + count, "least")  # none stands twice
             candidates[:, :count], similarity[:, :count] = (table[:, :count] for table in least)
         self.register_buffer("candidates", candidates)  # (P, K), -1 where nothing is retrieved
         self.register_buffer("similarity", similarity)  # (P, K)
@@ -347,7 +349,7 @@ class PTRAG(nn.Module):
                 context = self.attention(u, embeddings)  # (B, S, h)
             else:
                 context, selection = self.choose(c, p, embeddings, found, noise)
-            u = context * found + (u if self.config.keep_query else 0)
+            u = context * found + (u if self.config.keep_query else 0)  # 0: no context, no change
         if self.gem_group is not None:
             u = u + self.gem_group(gem_group)
         y = self.generator(u)  # (B, S, h)
@@ -355,9 +357,11 @@ class PTRAG(nn.Module):
 
     def choose(self, c, p, embeddings, found, noise):
         """Stage 2 on candidates with embeddings (B, K, E); a query that found none uses none."""
-        drawn, select = self.config.method == "ptrag", self.config.select
-        if select != "all" and (self.training or not drawn):
-            select = "sample" if drawn else "expected"  # ptrag-expected never draws
+        select = self.config.select  # at test time; "all" in training, too
+        if select != "all" and self.config.method == "ptrag-expected":
+            select = "expected"
+        elif select != "all" and self.training:
+            select = "sample"
         candidate = self.perturbation_encoder(embeddings)  # (B, K, h)
         with torch.autocast(c.device.type, enabled=False):  # bfloat16 is too coarse to choose by
             c, p, candidate = (part.to(self.output.weight.dtype) for part in (c, p, candidate))
@@ -366,14 +370,6 @@ class PTRAG(nn.Module):
 
 
 # ---- Loss: between populations, so between sets of cells without an order ----------------------
-def pairwise_distance(x, y):
-    """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m), without anything of
-    size n m d. Both clouds are moved by the mean of y first, which shrinks the rounding error."""
-    center = y.detach().mean(1, keepdim=True)  # (B, 1, d)
-    x, y = x - center, y - center
-    return from_products(x.square().sum(-1), y.square().sum(-1), x @ y.transpose(1, 2))
-
-
 def from_products(x_square, y_square, product):
     """|x - y| (B, n, m) from |x|^2 (B, n), |y|^2 (B, m) and x.y: |x - y|^2 = |x|^2 + |y|^2 - 2 x.y.
     Below its rounding error zero, and so is the gradient: coincident points are safe."""
@@ -384,12 +380,13 @@ def from_products(x_square, y_square, product):
 
 
 def energy_distance(x, y):
-    """E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2 over all pairs, the diagonal too: half the classical
-    energy distance. x (B, n, d) predicted, y (B, m, d) or (1, m, d) real -> (B,). No gradient to y.
+    """E|X - Y| - E|X - X'| / 2 - E|Y - Y'| / 2, half the classical energy distance, over all pairs,
+    the diagonal too: never negative. x (B, n, d) predicted, y (B, m, d) or (1, m, d) real -> (B,).
+    No gradient to y.
     """
     y = y.detach()
     center = y.mean(1, keepdim=True)  # (B, 1, d)
-    x, y = x - center, y - center  # once for all three: a tenth of a training step
+    x, y = x - center, y - center  # once for all three saves a tenth of a step
     xx, xy, yy = x @ x.transpose(1, 2), x @ y.transpose(1, 2), y @ y.transpose(1, 2)
     x_square, y_square = xx.diagonal(dim1=1, dim2=2), yy.diagonal(dim1=1, dim2=2)  # (B, n), (B, m)
     between = from_products(x_square, y_square, xy).mean((1, 2))
@@ -428,10 +425,10 @@ def seed_torch(*numbers):
 
 
 def groups_of_sets(config, sets, device):
-    """Slices of the sets that pass the model together: on a CPU what keeps the activations in its
-    cache, 2^20 / feed_forward cells, on a GPU all. Gradients add up: the step is the same."""
-    fitting = 2**20 // config.feed_forward if device.type == "cpu" else sets * config.cells
-    size = max(1, (config.group_cells or fitting) // config.cells)
+    """Slices of the sets that pass the model together: on a CPU as many cells as keep activations
+    in its cache, on a GPU all. Gradients add up: only the draws differ."""
+    most = max(512, 2**19 // config.feed_forward) if device.type == "cpu" else sets * config.cells
+    size = max(1, (config.group_cells or most) // config.cells)
     return [slice(first, min(first + size, sets)) for first in range(0, sets, size)]
 
 
@@ -465,8 +462,8 @@ def train(model, optimizer, batches, validation, config, progress):
 
     loss = mean over sets of the energy distance(prediction, target) + sparsity * mean |w|. The
     gradient of |w| is zero where w = 0: the penalty pushes out selected candidates only.
-    Every random number comes from (seed, step, set): started from the weights, the optimiser and
-    the progress of any step it goes on as if never interrupted.
+    Every random number comes from (seed, step, first set of the group): started from the weights,
+    the optimiser and the progress of any step it goes on as if never interrupted.
     """
     device, (rank, size) = model.output.weight.device, ranks()
     network = torch.compile(model) if config.compile else model
@@ -480,7 +477,7 @@ def train(model, optimizer, batches, validation, config, progress):
             seed_torch(config.seed, progress.step, rank * B + sets.start)  # dropout, Gumbel noise
             network.require_backward_grad_sync = sets.stop == B  # processes exchange once a step
             distance, selection = energies(network, batch, sets, config, device)  # (b,)
-            used = selection.weights.abs().mean() if selection else torch.zeros_like(sparsity)
+            used = selection.weights.abs().mean() if selection is not None else 0 * sparsity
             share = len(distance) / B
             (share * (distance.mean() + config.sparsity * used)).backward()
             sparsity += share * used.detach()
@@ -499,6 +496,14 @@ def train(model, optimizer, batches, validation, config, progress):
 
 
 # ---- Distances between populations: for comparing, not for training ------------------------------
+def pairwise_distance(x, y):
+    """Euclidean distances of all pairs, x (B, n, d), y (B, m, d) -> (B, n, m), without anything of
+    size n m d. Both clouds are moved by the mean of y first, which shrinks the rounding error."""
+    center = y.detach().mean(1, keepdim=True)  # (B, 1, d)
+    x, y = x - center, y - center
+    return from_products(x.square().sum(-1), y.square().sum(-1), x @ y.transpose(1, 2))
+
+
 def wasserstein_1d(x, y, p=1):
     """Exact Wasserstein-p distance of numbers, x (..., n), y (..., m) -> (...); sizes of 1 expand.
 
@@ -976,19 +981,21 @@ def show_progress(config, row, validation, seconds, end_line):
     data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not end_line else "\n")
 
 
-def advise(seconds, device):
-    """Before hours of training: what makes them fewer; where the cores are busy otherwise: one thread."""
+def advise(left, step, forward, device):
+    """Says what helps in a run of hours, and where busy cores make several threads slower than one.
+    left, step: seconds to go, and of a step; forward: passes a batch through the model, without gradient."""
     import timeit
     import data
-    if seconds > 3600:
-        data.say(f"at this speed all methods together train for {seconds / 3600:.1f} hours; less: --steps, "
+    if left > 3600:
+        data.say(f"at this speed all methods together train for {left / 3600:.1f} hours; less: --steps, "
                  "--method, --seeds, --sets, --cells, --top-k, --hidden, --layers, --feed-forward")
-    threads, x, took = torch.get_num_threads(), torch.ones(256, 256), []
-    for number in (1, threads):
-        torch.set_num_threads(number)
-        took.append(timeit.timeit(lambda: x @ x, number=100))
-    if device.type == "cpu" and threads > 1 and took[1] > 2 * took[0]:
-        data.say(f"{threads} threads are slower than one, the cores are busy: --threads 1 may be much faster")
+    if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
+        torch.set_num_threads(1)
+        slower = step / (3 * timeit.timeit(forward, number=1))  # forward and backward are three times that
+        torch.set_num_threads(threads)
+        if slower > 1.5:
+            data.say(f"{threads} threads take {slower:.0f} times as long as one would, the cores are busy: "
+                     "--threads 1 is faster")
 
 
 def train_one(config, folder, dataset, split, validation, log, identity, models, asked):
@@ -1031,7 +1038,9 @@ def train_one(config, folder, dataset, split, validation, log, identity, models,
         if done == 1:  # it warms up
             warm = now
         if done == 6:
-            advise((now - warm) / 5 * (models * config.steps - step.number), device)
+            batch, each = sampler.draw(step.number, range(config.sets)), (now - warm) / 5
+            advise(each * (models * config.steps - step.number), each,
+                   lambda: validate(model, [batch], config, device), device)
         if show:
             shown = now
             show_progress(config, log[-1], progress.validation, (now - began) / done, last or stopping)
@@ -1124,6 +1133,8 @@ def run_prediction(config, method=None):
     import data
     stored, model = read_config(config.model), load(config.model, method).to(device_of(config))
     model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
+    require(stored.data or config.data or not config.genept,
+            f"--genept {config.genept}: the model's data are simulated, with embeddings of their own")
     stored = replace(stored, genept=config.genept or stored.genept)
     if config.data:  # all its genes, the model's among them
         genept = stored.genept if config.genept or Path(stored.genept).is_file() else ""
@@ -1159,7 +1170,7 @@ def run_prediction(config, method=None):
             shown = [f"{model.genes[i]} {change[i]:+.2f}" for i in order]
             data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most: {', '.join(shown)}")
             order = np.argsort(-np.nan_to_num(chance), kind="stable")[:10]
-            if shown := [f"{used['candidates'][i]} {chance[i]:.2f}" for i in order]:
+            if shown := [f"{used['candidates'][i]} {chance[i]:.2f}".removesuffix(" nan") for i in order]:
                 data.say(f"  neighbours used: {', '.join(shown)}")
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 

@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def files(simulated, tmp_path_factory):
     data.write_anndata(folder / "small.h5ad", d.genes, obs, [(rows, {"X": d.expression[rows]})], len(rows))
     np.savez(folder / "embeddings.npz", genes=np.array(d.embedding_genes), embeddings=d.embeddings)
     return ["--data", str(folder / "small.h5ad"), "--genept", str(folder / "embeddings.npz")]
+
+
+def pytest_collection_finish(session):
+    """The README's first command takes more than a minute: it runs beside the other tests."""
+    if any("first_command" in getattr(item, "fixturenames", ()) for item in session.items):
+        folder = session.config._tmp_path_factory.mktemp("first")
+        session.first_command = subprocess.Popen([sys.executable, ROOT / "ptrag.py"], cwd=folder, text=True,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        session.config.add_cleanup(session.first_command.kill)
+
+
+@pytest.fixture(scope="session")
+def first_command(request):
+    """What `python ptrag.py` prints."""
+    printed, _ = request.session.first_command.communicate()
+    assert request.session.first_command.returncode == 0, printed
+    return printed
 
 
 def run(folder, *options):

@@ -623,7 +623,12 @@ def test_an_export_is_what_cell_eval_and_cell_load_read(make_run, simulated, tmp
         assert about == ["state", rule, data.UNITS] and {"target_gene", "cell_type"} <= set(file["obs"])
 
 
-def test_predicted_values_that_no_normalised_cell_can_have_are_counted_in_the_notes(simulated):
-    results = measured(simulated, lambda condition: np.full((5, len(simulated.genes)), 25, np.float32))
+def test_predicted_values_that_no_normalised_cell_can_have_are_counted_with_any_number_of_threads(simulated):
+    results, cells = [], np.full((5, len(simulated.genes)), 25, np.float32)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        results.append(measured(simulated, lambda condition: cells))
+        assert torch.get_num_threads() == threads
     count = 5 * len(simulated.genes) * len(simulated.conditions())
-    assert f"{count:,} predicted values are above log1p(10,000), which no cell has" in results.notes
+    assert f"{count:,} predicted values are above log1p(10,000), which no cell has" in results[0].notes
+    assert np.array_equal(results[0].measured, results[1].measured, equal_nan=True)

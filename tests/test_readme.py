@@ -16,6 +16,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+# Standard deviations over five seeds of the columns of the table; rounding elsewhere is like another seed.
+SPREAD = {"state": (0.158, 0.163, 0.039, 0.046, 0.157, 0.052),
+          "state-genept": (0.082, 0.085, 0.017, 0.019, 0.064, 0.021),
+          "vanilla-rag": (0.094, 0.095, 0.016, 0.019, 0.073, 0.025),
+          "ptrag": (0.123, 0.128, 0.032, 0.039, 0.158, 0.041),
+          "ptrag-expected": (0.096, 0.098, 0.010, 0.011, 0.031, 0.012)}
+
+
 def example(part):
     """The names that the README's example of a part leaves behind."""
     code, = (code for code in PYTHON if part in code)
@@ -61,14 +69,15 @@ def test_ptrag_works_alone_in_an_empty_folder_with_torch_and_numpy_only(tmp_path
     assert done.stdout == "2 5 10 2 5 3 2\n", done.stderr
 
 
-def test_the_table_of_the_first_command_has_the_anchors_and_baselines_of_this_version(tmp_path, capsys):
-    assert run(tmp_path, "--method", "state", "--steps", 1) == 0  # the others' rows need no training
+def test_the_first_command_prints_the_table_shown(first_command):
     printed, shown = ({line.split("  ")[0]: [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
                        for line in text.split("mean over conditions")[1].split("\n\n")[0].splitlines()[1:]}
-                      for text in (capsys.readouterr().out, README.split("<!-- demo -->")[1].split("```")[1]))
-    assert shown.keys() - printed.keys() == set(ptrag.METHODS) - {"state"}
-    for label in printed.keys() - {"state"}:
-        assert shown[label] == pytest.approx(printed[label], rel=2e-3, abs=1e-3), label
+                      for text in (first_command, README.split("<!-- demo -->")[1].split("```")[1]))
+    assert shown.keys() == printed.keys() > SPREAD.keys() == set(ptrag.METHODS)
+    for label, values in shown.items():
+        trained, error = label in SPREAD, abs(np.subtract(values, printed[label]))
+        most = 5 * np.array(SPREAD[label]) if trained else 1e-3 + 2e-3 * abs(np.array(values))
+        assert (error <= most).all(), (label, values, printed[label])
 
 
 def test_options_the_readme_names_exist_and_have_the_defaults_it_says():
