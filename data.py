@@ -133,7 +133,7 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
     """Writes an AnnData file (opens in anndata >= 0.8), a block of cells in memory at a time. Atomic.
 
     blocks: iterable of (rows, {key: (n, G)}); rows (n,) int or a slice: which of the file's `cells` rows they
-            are; key: "X", "layers/NAME" or "obsm/NAME". Matrices are contiguous float32: they can be mapped.
+            are; key: "X", "layers/NAME" or "obsm/NAME". Matrices are contiguous float32. genes: list of text.
     obs:    {column: list of text, "" where missing, or (cells,) numbers}; uns: nested dict of text, numbers,
             lists of text and arrays. Both are read after the last block: they may be filled meanwhile.
     """
@@ -154,6 +154,8 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
             for rows, matrices in itertools.chain([first], blocks):
                 rows = np.arange(cells)[rows]
                 for key, values in matrices.items():
+                    if np.shape(values) != (len(rows), widths[key]):
+                        raise ValueError(f"{key}: a block of shape {np.shape(values)} for {len(rows)} rows")
                     for row, line in zip(rows.tolist(), np.ascontiguousarray(values, "<f4")):
                         file.seek(offsets[key] + row * 4 * widths[key])
                         file.write(line)
@@ -184,6 +186,8 @@ def write_frame(file, key, index, columns):
     group.attrs.create("column-order", list(columns), dtype=h5py.string_dtype())
     write_value(group, "_index", index)
     for name, values in columns.items():
+        if len(values) != len(index):
+            raise ValueError(f"{key}/{name}: {len(values)} values for {len(index)} rows")
         if len(values) and isinstance(values[0], str):
             categories = sorted(set(values) - {""})
             code = {"": -1, **{category: number for number, category in enumerate(categories)}}
@@ -585,7 +589,8 @@ class Dataset:
 
     `expression[rows]` gives (n, G) float32, log1p of counts normalised to 10,000 per cell, from memory or
     disk. Labels are codes into the lists of names; perturbation 0 is the control, the others are sorted.
-    Cells that cannot be used keep their row; their cell line and perturbation are -1.
+    Rows are those of a file that is mapped (cell line and perturbation of cells that cannot be used are -1),
+    else the usable cells, sorted.
     """
     name: str                    # the file as the user wrote it, or "simulated"
     genes: list[str]             # (G,)
@@ -979,7 +984,7 @@ def split(dataset, rule, seed=0):
                                for part in ("train", "val", "test"))
     if not train or not test:
         raise DataError(f"{dataset.name}: split {rule!r} leaves nothing to {'test' if train else 'train'}; "
-                        f"the cell lines are {listed(dataset.cell_lines, 20)}")
+                        f"cell lines of the data: {listed(dataset.cell_lines, 20)}")
     return Split(train, validation, test, notes)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import json
 import math
@@ -52,13 +53,13 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     """The k genes of the pool most similar to each perturbation, by cosine of their embeddings.
 
     embeddings: (P, E) float, a zero row where a perturbation has none (the control)
-    pool:       (N,) int, indices of the genes that can be retrieved, ascending
+    pool:       (N,) int64, the distinct genes that can be retrieved, ascending
     how:        "nearest"; "random" draws k from the seed, "least" takes the least similar
     returns     candidates (P, k) int, best first, and their similarity (P, k) float
 
     Never retrieved are the perturbation itself and genes without an embedding; ties go to the lower
-    index. A perturbation without an embedding retrieves nothing: its candidates are -1. Raises
-    InputError if the pool is too small.
+    index. A perturbation without an embedding retrieves nothing: its candidates are -1, to clamp
+    and mask. Raises InputError if the pool is too small.
     """
     if how not in ("nearest", "random", "least"):
         raise ValueError(f"how {how!r}: must be nearest, random or least")
@@ -67,8 +68,8 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     in_pool = torch.isin(torch.arange(len(embeddings), device=pool.device), pool)  # (P,)
     usable = len(pool) - in_pool.long()  # (P,), a query does not retrieve itself
     if has_embedding.any() and (fewest := int(usable[has_embedding].min())) < k:
-        raise InputError(f"the pool has {fewest} usable genes for a query, fewer than --top-k {k} "
-                         "(with --hard-negatives more): lower it, or widen the --pool")
+        raise InputError(f"--top-k {k}: the pool has {fewest} usable genes for a query; ask for no more "
+                         "(with --hard-negatives fewer), or widen the --pool")
     unit = F.normalize(embeddings.double(), dim=1)  # (P, E)
     generator = torch.Generator(embeddings.device).manual_seed(seed)
     candidates = torch.full((len(embeddings), k), -1, device=embeddings.device)
@@ -109,6 +110,8 @@ def straight_through(logits, temperature, noise):
 def dropout_mask(shape, p, device=None):
     """Mask that keeps with probability 1 - p, p at most 0.9: a random byte an element, eight from
     one draw, against 256 p rounded at random. F.dropout takes ten times as long."""
+    if p == 0:
+        return torch.ones(shape, dtype=torch.bool, device=device)
     count, threshold = math.prod(shape), (256 * p + torch.rand(())).to(torch.uint8)
     draws = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-2**63, None)
     return draws.view(torch.uint8)[:count].view(shape) >= threshold
@@ -131,9 +134,10 @@ class Selector(nn.Module):
     one product per cell, per query and per candidate instead of one per pair: taking the mean off
     the rows of W g is taking it off [c_s; p; p_k]. Only the MLP's second half sees every pair.
 
-    The division bounds selection: with logits of variance 1 the margin's square (l_1 - l_0)^2 <=
-    2 (l_0^2 + l_1^2) has a mean of at most 4. So the mean probability, whatever the penalty, lies
-    between sigmoid(-2) = 12 % and 88 %.
+    The division ties a set together (no padding, S K > 1) and bounds selection: with logits of
+    variance 1 the margin's square (l_1 - l_0)^2, at most twice the sum of the squares about their
+    mean, is 4 at most on average. So the mean probability, whatever the penalty, lies between
+    sigmoid(-2) = 12 % and 88 %.
     """
 
     def __init__(self, hidden, temperature=0.5, dropout=0.1):
@@ -151,7 +155,7 @@ class Selector(nn.Module):
 
         select: "sample" (draw), "threshold" (use where likelier than not), "expected" (weigh by
                 probability), "all" (no stage 2); None: "sample" in training mode, else "expected"
-        noise:  (B, S, K, 2) to use instead of drawn Gumbel noise
+        noise:  (B, S, K, 2) for "sample", else drawn
         """
         select = select or ("sample" if self.training else "expected")
         parts = cell[:, :, None], query[:, None, None], candidate[:, None]  # [c_s; p; p_k]
@@ -166,7 +170,7 @@ class Selector(nn.Module):
             probability = torch.sigmoid(logits[..., 1] - logits[..., 0])  # (B, S, K)
             if select == "sample":
                 noise = gumbel_noise(logits.shape, logits.device) if noise is None else noise
-                weights = straight_through(logits, self.temperature, noise)  # (B, S, K)
+                weights = straight_through(logits, self.temperature, noise.to(logits))  # (B, S, K)
             elif select in ("threshold", "expected"):
                 weights = probability if select == "expected" else (probability > 0.5).to(r.dtype)
             else:
@@ -540,14 +544,16 @@ def sliced_wasserstein(x, y, p=1, directions=512, seed=0):
 def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     """Wasserstein-p distance of equally weighted points, (min over couplings of mean |x - y|^p)^(1/p).
 
-    x (B, n, d), y (B, m, d), n and m free -> (B,) float64 in the unit of x, nan where `max_rounds` do not
+    x (B, n, d), y (B, m, d) or (1, m, d) -> (B,) float64 in the unit of x, nan where `max_rounds` do not
     reach the tolerance (a point a thousand times farther away than the rest can do that). No gradient.
     Sinkhorn's iteration (Cuturi 2013), ten steps a round. After a round the plan is rounded to a coupling
     (Altschuler, Weed, Rigollet 2017), whose cost bounds W_p^p from above, and the potentials are made
     feasible, whose value bounds it from below; epsilon is halved once the gap is not due to rounding. A gap
-    under `tolerance` of the upper bound (or of a millionth of the largest cost) ends it, and the middle is
-    returned: within half the tolerance of the exact W_p^p. O(n m) a step, 100 to 200 steps in PCA-50 space.
+    under `tolerance` of the upper bound (or of a millionth of the largest cost: smaller distances are not
+    resolved) ends it, and the middle is returned: within half that gap of the exact W_p^p. O(n m) a step, 100
+    to 200 steps in PCA-50 space.
     """
+    y = y.expand(len(x), -1, -1)
     at_once = max(1, 2**17 // (x.shape[1] * y.shape[1]))  # problems that fit the cache
     if len(x) > at_once:
         pairs = zip(x.split(at_once), y.split(at_once))
@@ -561,7 +567,7 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
         above, below, rounding = coupling_bounds(cost, plan, f, g)  # each (B,)
         upper, lower = torch.minimum(upper, above), torch.maximum(lower, below)
         done = upper - lower <= tolerance * upper.clamp(min=1e-6 * largest)  # false for nan
-        if done.all():
+        if (done | upper.isnan()).all():
             break
         epsilon = torch.where(~done & (rounding < (above - below) / 2), epsilon / 2, epsilon)
     return torch.where(done, ((upper + lower) / 2).clamp(min=0), math.nan) ** (1 / p)
@@ -622,7 +628,8 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
             f"control cells {np.shape(control)}: must be (cells, {len(model.genes)} genes)")
     if isinstance(perturbation, str):
         near = suggest(perturbation, model.perturbations)
-        require(perturbation in model.perturbations, f"unknown perturbation {perturbation}{near}")
+        require(perturbation in model.perturbations,
+                f"unknown perturbation {perturbation}{near}; add_perturbations teaches new ones")
         perturbation = model.perturbations.index(perturbation)
     n, device, S = len(control), model.output.weight.device, set_size or model.config.cells
     control = np.asarray(control, np.float32)
@@ -761,7 +768,7 @@ class Config:
     checkpoint_every: int = option(1000, "steps between checkpoints", 1, 10**9)
     max_cells: int = option(1000, "most cells of a condition that evaluation uses", 2, 10**9)
     predict: str = option("", "genes to predict with a trained model: A,B,C or all", group="prediction")
-    cell_line: str = option("", "cell line of --predict")
+    cell_line: str = option("", "cell line of --predict, if there are several")
     model: str = option("", "runs/NAME of the trained model for --predict")
     output: str = option("predicted.h5ad", "file that --predict writes")
 
@@ -813,8 +820,7 @@ def check(config):
     require(config.data or config.predict or not config.genept, f"--genept {config.genept}: goes with --data")
     plain = config.name.isprintable() and Path(config.name).name == config.name and config.name[:1] != "."
     require(plain, f"--name {config.name}: must be a plain name")
-    require(not config.predict or config.model and config.cell_line,
-            "--predict needs --model runs/NAME and --cell-line LINE")
+    require(not config.predict or config.model, "--predict needs --model runs/NAME")
     return config
 
 
@@ -903,6 +909,7 @@ def load(run, method=None, seed=None):
     """A trained model of runs/NAME, ready for `predict`: of the method and seed given, else PT-RAG if it is
     there, else the first. InputError if there is no such model, or the file is not one of ours."""
     config, path = read_config(run), Path(run) / "model.pt"
+    require(path.exists(), f"{path}: is not there yet; python ptrag.py --resume {run} finishes the run")
     saved = load_tensors(path, "model")
     states = {tuple(name.rsplit("-", 1)): state for name, state in saved["models"].items()}
     fitting = [(m, s) for m, s in states if method in (None, m) and seed in (None, int(s))]
@@ -1140,10 +1147,11 @@ def run_prediction(config, method=None):
         genept = stored.genept if config.genept or Path(stored.genept).is_file() else ""
         stored = replace(config, genept=genept, hvg=10**6)
     dataset, _ = open_data(stored, need_split=not config.data)
-    lines, wanted = [name.lower() for name in dataset.cell_lines], config.cell_line
-    require(wanted.lower() in lines,
-            f"--cell-line {wanted}: {dataset.name} has {data.listed(dataset.cell_lines, 20)}")
-    line = lines.index(wanted.lower())
+    lines = [name.lower() for name in dataset.cell_lines]
+    wanted = config.cell_line.lower() or ",".join(lines)  # the only one
+    require(wanted in lines,
+            f"--cell-line {config.cell_line}: {dataset.name} has {data.listed(dataset.cell_lines, 20)}")
+    line = lines.index(wanted)
     known, embedded = model.perturbations[1:], dict(zip(dataset.embedding_genes, dataset.embeddings))
     genes = known if config.predict == "all" else names_in(config.predict)
     new = [gene for gene in genes if gene not in known]
@@ -1158,6 +1166,11 @@ def run_prediction(config, method=None):
     controls, n, rng = dataset.cells(line, 0), config.cells, np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(controls, n, replace=n > len(controls)))  # (n,)
     control, neighbours = aligned(rows), {}  # (n, G)
+    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
+        for row in csv.DictReader(file):
+            if (row["method"], row["metric"]) == (model.config.method, "sw1"):
+                data.say(f"{config.model}: its test put {row['method']} at {float(row['position']):.2f} on SW1 "
+                         "(0: as far from real cells as no change, 1: as near as other real cells)")
     codes = {group: code for code, group in enumerate(model.gem_groups)}  # an unknown one counts as the first
     gem_group = np.array([codes.get(dataset.gem_groups[code], 0) for code in dataset.gem_group[rows]])
 
@@ -1168,10 +1181,12 @@ def run_prediction(config, method=None):
             change, chance = cells.mean(0) - control.mean(0), used["probability"]  # (G,), (K,)
             order = np.argsort(-abs(change), kind="stable")[:10]
             shown = [f"{model.genes[i]} {change[i]:+.2f}" for i in order]
-            data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most: {', '.join(shown)}")
+            data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): {', '.join(shown)}")
+            if impossible := (cells > math.log1p(10_000)).sum():
+                data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
             order = np.argsort(-np.nan_to_num(chance), kind="stable")[:10]
             if shown := [f"{used['candidates'][i]} {chance[i]:.2f}".removesuffix(" nan") for i in order]:
-                data.say(f"  neighbours used: {', '.join(shown)}")
+                data.say(f"  neighbours used (probability): {', '.join(shown)}")
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 
     obs = {"perturbation": np.repeat(genes, n).tolist(), "control_cell": np.tile(rows, len(genes)),

@@ -631,6 +631,10 @@ def test_written_anndata_reads_back_in_any_order_of_rows(tmp_path):
         assert file["layers/mean"].shape == (3, 2)
         assert file["uns/deep/n"][()] == 3 and file["uns/note"][()] == b"simulated"
         assert file["X"].chunks is None and file["X"].dtype == np.float32
+    for genes, wrong, cells in (["X1", "X2"], ["a"], [[1, 2], [3, 4]]), (["X1"], ["a", "b"], [[1], [2], [3]]):
+        with pytest.raises(ValueError, match="obs/gene: 1 values for 2|block of shape .3, 1. for 2"):
+            data.write_anndata(tmp_path / "no.h5ad", genes, {"gene": wrong}, [(slice(2), {"X": cells})], 2)
+    assert not (tmp_path / "no.h5ad").exists()
     data.write_anndata(path, ["X1"], {"gene": []}, [], 0)
     with h5py.File(path) as file:
         assert file["X"].shape == (0, 1)

@@ -54,7 +54,7 @@ def test_only_genes_of_the_pool_with_an_embedding_are_retrieved_never_the_query_
     assert torch.equal(first, again) and torch.equal(first, other) == (how != "random")
     if how == "least":  # the reverse order
         assert torch.equal(first[:25], ptrag.retrieve(embeddings, pool, 21)[0][:25].flip(1))
-    with pytest.raises(ptrag.InputError, match="21 usable genes.*--top-k 22"):
+    with pytest.raises(ptrag.InputError, match="--top-k 22.*21 usable genes"):
         ptrag.retrieve(embeddings, pool, 22, how)
     with pytest.raises(ValueError, match="nearest, random or least"):
         ptrag.retrieve(embeddings, pool, 2, how[1:])
@@ -121,7 +121,9 @@ def test_a_selector_draws_in_training_else_weighs_by_the_mean_of_draws_and_never
     inputs, selector = pairs(1, 3, 4, 8), ptrag.Selector(8)
     assert (selector.temperature, selector.dropout) == (0.5, 0.1)
     assert selector(*inputs)[1].weights.unique().tolist() == [0, 1]
+    state = torch.get_rng_state()
     expected, chosen = selector.eval()(*inputs)
+    assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(chosen.weights, chosen.probability)
     assert torch.equal(expected, selector(*inputs, select="expected")[0])
     contexts, drawn = selector(*(part.repeat_interleave(3000, 0) for part in inputs), select="sample")
@@ -270,6 +272,8 @@ def test_wasserstein_of_translated_identical_and_onedimensional_clouds_and_nan_w
     exact, found = ptrag.wasserstein_1d(x[..., 0], y[..., 0], p), ptrag.wasserstein(x, y, p)
     assert found.tolist() == pytest.approx(exact.tolist(), rel=2e-3, nan_ok=True)
     assert found.isnan().tolist() == ptrag.energy_distance(x, y).isnan().tolist() == [False, True, False]
+    many = ptrag.wasserstein(x[2:].repeat(120, 1, 1), y[2:], p)  # against one
+    assert torch.allclose(many, found[2].expand(120), rtol=2e-3)
     found = ptrag.wasserstein(x, y, p, max_rounds=1)
     assert found.tolist() == pytest.approx([1, math.nan, math.nan], nan_ok=True)
 
