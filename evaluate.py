@@ -270,7 +270,7 @@ class Results:
     rows: list             # R pairs (label, seed): anchors, baselines, contenders
     measured: np.ndarray   # (2, R, C, M): ALL_CELLS; EQUAL_COUNTS, half A of the real against |half B| cells
     counts: np.ndarray     # (C, 2) real cells; predicted cells
-    points: list           # C dicts "control" | "real" | "predicted" -> (k, 2) first two components
+    points: np.ndarray     # (C, 3, 60, 2) of at most 60 control, real, predicted cells, else nan
     splits: list           # C names of splits
     untrained: np.ndarray  # (C,) bool: no training condition perturbs the gene
     notes: list = field(default_factory=list)
@@ -297,9 +297,10 @@ def pool_results(parts):
         values[:, [rows.index(row) for row in part.rows]] = part.measured
         part.notes = [f"{part.splits[0]}: " * (len(parts) > 1) + note for note in part.notes]
     joined = {name: [item for part in parts for item in getattr(part, name)]
-              for name in ("conditions", "points", "splits", "notes")}
+              for name in ("conditions", "splits", "notes")}
     return Results(parts[0].dataset, rows=rows, measured=np.concatenate(measured, axis=2), **joined,
                    counts=np.concatenate([part.counts for part in parts]),
+                   points=np.concatenate([part.points for part in parts]),
                    untrained=np.concatenate([part.untrained for part in parts]))
 
 
@@ -355,7 +356,7 @@ def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_ce
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [(c.label, c.seed) for c in contenders]
     C, impossible = len(conditions), 0
     results = Results(dataset, conditions, rows, np.full((2, len(rows), C, len(COLUMNS)), np.nan),
-                      np.zeros((C, 2), int), [{}] * C, [""] * C, np.zeros(C, bool))
+                      np.zeros((C, 2), int), np.full((C, 3, 60, 2), np.nan), [""] * C, np.zeros(C, bool))
     if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
         results.notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
@@ -399,8 +400,8 @@ def measure_condition(results, i, line, truth, cells, predicted, baselines, seed
             real[half_a], list(map(line.population, equal)), line, EQUAL_COUNTS, truth, excluded)
     results.counts[i] = len(real), len(predicted[0]) if predicted else len(real)
     pictured = next((k for k, row in enumerate(results.rows[2:]) if row[0] == results.reference), -1)
-    pictures = {"control": whole[0], "real": line.population(real), "predicted": whole[pictured]}
-    results.points[i] = {kind: points[:60, :2].clone().numpy() for kind, (points, _) in pictures.items()}
+    for kind, (points, _) in enumerate((whole[0], line.population(real), whole[pictured])):
+        results.points[i, kind, :len(points), :points.shape[1]] = points[:60, :2]  # copied, not kept alive
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -837,11 +838,12 @@ def scatters(results):
     effect = np.nan_to_num(results.values(FLOOR, "energy", ALL_CELLS)[0])
     order, figures = np.argsort(-effect, kind="stable"), []
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
-        colours = zip(results.points[i].items(), ("var(--base)", "var(--c1)", "var(--c0)"))
-        series = [(kind, colour, "dots", cells) for (kind, cells), colour in colours if cells.shape[1] == 2]
-        if series:
-            columns = np.concatenate([points for *_, points in series]).T
-            ticks = [[(column.min(), ""), (column.max(), "")] for column in columns]
+        points = results.points[i]
+        if not np.isnan(points[:, 0]).any():  # there are two components
+            kinds = zip(("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)"), points)
+            series = [(kind, colour, "dots", cells[~np.isnan(cells[:, 0])]) for kind, colour, cells in kinds]
+            ends = np.nanmin(points, (0, 1)), np.nanmax(points, (0, 1))
+            ticks = [[(low, ""), (high, "")] for low, high in zip(*ends)]
             name = ": ".join(names_of(results.dataset, results.conditions[i]))
             figures.append(figure(f"{name} (floor energy {short(effect[i])})", series, *ticks, 300, 210))
     return figures

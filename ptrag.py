@@ -431,7 +431,7 @@ def seed_torch(*numbers):
 def groups_of_sets(config, sets, device):
     """Slices of the sets that pass the model together: on a CPU as many cells as keep activations
     in its cache, on a GPU all. Gradients add up: only the draws differ."""
-    most = max(512, 2**19 // config.feed_forward) if device.type == "cpu" else sets * config.cells
+    most = max(512, 2**20 // config.feed_forward) if device.type == "cpu" else sets * config.cells
     size = max(1, (config.group_cells or most) // config.cells)
     return [slice(first, min(first + size, sets)) for first in range(0, sets, size)]
 
