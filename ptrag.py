@@ -1135,6 +1135,28 @@ def run_training(config, folder=None):
             torch.distributed.barrier()  # processes leave together
 
 
+def test_result(run, method):
+    """A line that says how good the run's predictions were in its test, if that is known."""
+    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(run) / "summary.csv") as file:
+        for row in csv.DictReader(file):
+            if (row["method"], row["metric"]) == (method, "sw1"):
+                yield (f"{run}: in its test {method} stood at {float(row['position']):.2f} on SW1 (0: as far from "
+                       "real cells as no change, 1: as near as other real cells)")
+
+
+def show_prediction(model, cells, control, candidates, similarity, probability):
+    """Prints which genes change most, and which candidates were used most (see `used_candidates`)."""
+    import data
+    change = cells.mean(0) - control.mean(0)  # (G,)
+    most = [f"{model.genes[i]} {change[i]:+.2f}" for i in np.argsort(-abs(change), kind="stable")[:10]]
+    data.say(f"  changes most (mean log1p): {', '.join(most)}")
+    if impossible := (cells > math.log1p(10_000)).sum():
+        data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
+    order = np.argsort(-np.nan_to_num(probability), kind="stable")[:10]
+    if used := [f"{candidates[i]} {probability[i]:.2f}".removesuffix(" nan") for i in order]:
+        data.say(f"  neighbours used (probability): {', '.join(used)}")
+
+
 def run_prediction(config, method=None):
     """Predicts cells for genes, perturbed in the data or not, writes them and prints what changes most."""
     import data
@@ -1162,31 +1184,19 @@ def run_prediction(config, method=None):
     if new:
         add_perturbations(model, new, np.stack([embedded[gene] for gene in new]))
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
-    data.say("\n".join([*dataset.notes, *notes]))
+    data.say("\n".join([*dataset.notes, *notes, *test_result(config.model, model.config.method)]))
     controls, n, rng = dataset.cells(line, 0), config.cells, np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(controls, n, replace=n > len(controls)))  # (n,)
     control, neighbours = aligned(rows), {}  # (n, G)
-    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
-        for row in csv.DictReader(file):
-            if (row["method"], row["metric"]) == (model.config.method, "sw1"):
-                data.say(f"{config.model}: its test put {row['method']} at {float(row['position']):.2f} on SW1 "
-                         "(0: as far from real cells as no change, 1: as near as other real cells)")
     codes = {group: code for code, group in enumerate(model.gem_groups)}  # an unknown one counts as the first
     gem_group = np.array([codes.get(dataset.gem_groups[code], 0) for code in dataset.gem_group[rows]])
 
     def blocks():
         for number, gene in enumerate(genes):
             cells, probability = predict(model, control, gene, gem_group, seed=config.seed)
-            used = neighbours[gene] = used_candidates(model, gene, probability)
-            change, chance = cells.mean(0) - control.mean(0), used["probability"]  # (G,), (K,)
-            order = np.argsort(-abs(change), kind="stable")[:10]
-            shown = [f"{model.genes[i]} {change[i]:+.2f}" for i in order]
-            data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): {', '.join(shown)}")
-            if impossible := (cells > math.log1p(10_000)).sum():
-                data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
-            order = np.argsort(-np.nan_to_num(chance), kind="stable")[:10]
-            if shown := [f"{used['candidates'][i]} {chance[i]:.2f}".removesuffix(" nan") for i in order]:
-                data.say(f"  neighbours used (probability): {', '.join(shown)}")
+            neighbours[gene] = used_candidates(model, gene, probability)
+            data.say(f"{gene} in {dataset.cell_lines[line]}")
+            show_prediction(model, cells, control, **neighbours[gene])
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 
     obs = {"perturbation": np.repeat(genes, n).tolist(), "control_cell": np.tile(rows, len(genes)),
