@@ -1140,8 +1140,8 @@ def test_result(run, method):
     with contextlib.suppress(OSError, KeyError, ValueError), open(Path(run) / "summary.csv") as file:
         for row in csv.DictReader(file):
             if (row["method"], row["metric"]) == (method, "sw1"):
-                yield (f"{run}: in its test {method} stood at {float(row['position']):.2f} on SW1 (0: as far from "
-                       "real cells as no change, 1: as near as other real cells)")
+                yield (f"{run}: in its test {method} stood at {float(row['position']):.2f} on SW1 (0: as far "
+                       "from real cells as no change, 1: as near as other real cells)")
 
 
 def show_prediction(model, cells, control, candidates, similarity, probability):
