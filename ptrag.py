@@ -68,8 +68,8 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     in_pool = torch.isin(torch.arange(len(embeddings), device=pool.device), pool)  # (P,)
     usable = len(pool) - in_pool.long()  # (P,), a query does not retrieve itself
     if has_embedding.any() and (fewest := int(usable[has_embedding].min())) < k:
-        raise InputError(f"--top-k {k}: the pool has {fewest} usable genes for a query; ask for no more "
-                         "(with --hard-negatives fewer), or widen the --pool")
+        raise InputError(f"--top-k {k}: the pool has {fewest} usable genes for a query; ask for fewer "
+                         "(--hard-negatives needs some more), or widen the --pool")
     unit = F.normalize(embeddings.double(), dim=1)  # (P, E)
     generator = torch.Generator(embeddings.device).manual_seed(seed)
     candidates = torch.full((len(embeddings), k), -1, device=embeddings.device)
@@ -431,7 +431,7 @@ def seed_torch(*numbers):
 def groups_of_sets(config, sets, device):
     """Slices of the sets that pass the model together: on a CPU as many cells as keep activations
     in its cache, on a GPU all. Gradients add up: only the draws differ."""
-    most = max(512, 2**20 // config.feed_forward) if device.type == "cpu" else sets * config.cells
+    most = max(1024, 2**20 // config.feed_forward) if device.type == "cpu" else sets * config.cells
     size = max(1, (config.group_cells or most) // config.cells)
     return [slice(first, min(first + size, sets)) for first in range(0, sets, size)]
 

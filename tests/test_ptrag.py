@@ -319,8 +319,9 @@ def test_gradients_added_up_over_groups_are_those_of_the_batch(options, group_ce
 
 
 def test_a_group_fits_the_cache_or_is_as_asked_for_and_draws_by_seed_step_and_its_first_set(simulated):
-    for options, device, count in [(dict(feed_forward=2784), "cpu", 8), (dict(group_cells=1), "cpu", 1),
-                                   (dict(group_cells=576), "cuda", 9), ({}, "cuda", 12)]:
+    for options, device, count in [
+            (dict(feed_forward=2784, cells=128), "cpu", 8), (dict(cells=512), "cpu", 4),
+            (dict(group_cells=1), "cpu", 1), (dict(group_cells=576), "cuda", 9), ({}, "cuda", 12)]:
         groups = ptrag.groups_of_sets(ptrag.Config(**options), 12, torch.device(device))
         assert groups == [slice(first, min(first + count, 12)) for first in range(0, 12, count)]
     model, seen = small_model(30, 15), []
