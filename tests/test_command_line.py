@@ -361,7 +361,8 @@ def test_predict_takes_a_selection_all_genes_another_method_but_no_options_of_tr
     assert len(matrix(folder / "out.h5ad")) == 14 * 5
     refused(folder, *PREDICT, "--steps", 10, words=["--steps"])
     refused(folder, *PREDICT, "--predict", "gene0003", words=["GENE003"])  # near names answer
-    refused(folder, *PREDICT, "--cell-line", "simX", words=["simA, simB"])
+    for line in ("simX", ""):
+        refused(folder, *PREDICT, "--cell-line", line, words=["simA, simB"])
     for option in ("--predict", "--cell-line", "--model", "-o", "--method", "--data", "--genept"):
         refused(folder, *PREDICT, option, "nul\0\r\x1b[31m.h5ad")
 
@@ -370,7 +371,7 @@ def test_controls_of_a_new_file_are_aligned_by_gene_when_the_old_has_gone(copy, 
     d, rows, path = simulated, simulated.cells(0, 0), copy / "runs/m/config.json"
     gone = {"data": "gone.h5", "genept": "gone.npz", "device": "cuda"}
     path.write_text(json.dumps({**json.loads(path.read_text()), **gone}))
-    command = [*PREDICT, *"--data new.h5ad --cell-line new --device cpu --cells 40".split()]
+    command = [*PREDICT, *"--data new.h5ad --device cpu --cells 40 --cell-line".split(), ""]  # the only one
     shuffled = np.random.default_rng(0).permutation(len(d.genes))
     obs = {"gene": ["ctrl"] * 40, "cell_line": ["new"] * 40}
     for kept in (30, 28, 10):
@@ -382,6 +383,8 @@ def test_controls_of_a_new_file_are_aligned_by_gene_when_the_old_has_gone(copy, 
             assert set(missing) <= set(re.findall(r"\w+", capfd.readouterr().out))
             assert np.allclose(matrix(copy / "out.h5ad", "layers/control")[:, columns], cells)
     refused(copy, *command)
+    (copy / "runs/m/model.pt").unlink()
+    refused(copy, *PREDICT, words=["model.pt", "--resume runs/m finishes"])
 
 
 def test_a_prediction_is_not_written_over_what_it_is_made_from(copy, files, refused):
