@@ -68,8 +68,8 @@ def retrieve(embeddings, pool, k, how="nearest", seed=0):
     in_pool = torch.isin(torch.arange(len(embeddings), device=pool.device), pool)  # (P,)
     usable = len(pool) - in_pool.long()  # (P,), a query does not retrieve itself
     if has_embedding.any() and (fewest := int(usable[has_embedding].min())) < k:
-        raise InputError(f"--top-k {k}: the pool has {fewest} usable genes; ask for no more (less with "
-                         "--hard-negatives), or widen the --pool")
+        raise InputError(f"--top-k {k}: the pool has {fewest} usable genes: ask for no more "
+                         "(less with --hard-negatives) or widen the --pool")
     unit = F.normalize(embeddings.double(), dim=1)  # (P, E)
     generator = torch.Generator(embeddings.device).manual_seed(seed)
     candidates = torch.full((len(embeddings), k), -1, device=embeddings.device)
