@@ -9,14 +9,12 @@ import atexit
 import contextlib
 import csv
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
-import platform
 import shutil
 import signal
 import sys
@@ -39,7 +37,7 @@ SYMBOL_COLUMNS = ("gene_name", "gene_symbols", "feature_name", "gene_symbol")
 
 TARGET_SUM = 1e4            # counts are normalised to this total per cell before log1p
 LOG_NORMALISED_MAX = 20.0   # log1p of anything a sequencer counts stays below
-SECONDS_TO_OPEN = 10        # and one for every 50 MB: labels take far less, damaged files can take for ever
+SECONDS_TO_OPEN = 10        # of CPU, and one for every 50 MB: labels take far less, damaged files for ever
 BLOCK_BYTES = 16 << 20      # of a matrix at a time: small enough for its pages to be used again
 
 
@@ -83,40 +81,43 @@ def status_of(command, *arguments):
 # --------------------------------------------------------------------------------------- files out
 
 @contextlib.contextmanager
+def locked(path):
+    """One process at a time works on a file or in a folder, `DataError` for others; ends with the process."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):          # there is no fcntl on Windows
+            import fcntl
+            lock = os.path.join(path, ".lock") if os.path.isdir(path) else path
+            try:
+                fcntl.flock(stack.enter_context(open(lock, "ab")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{path}: another process is at work on it: name another") from None
+        yield
+
+
+@contextlib.contextmanager
 def atomic_output(path, inputs=()):
     """Yields a temporary path beside `path`: renamed to it when the block ends well, else removed.
 
     Any failure to write is a `DataError` that names `path`; so is a path that is one of the files `inputs`.
     """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    if not path.isprintable():
-        raise DataError(f"{path}: control characters in the name of a file to write")
-    if not os.path.isdir(folder or "."):
-        raise DataError(f"{path}: cannot be written, there is no folder {folder}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path}: is a directory or a device; name the file to write")
     if os.path.exists(path) and any(os.path.samefile(path, used) for used in inputs if os.path.exists(used)):
         raise DataError(f"{path}: is an input; name another file to write")
-    ours = os.path.join(folder, f".{name}.{platform.node()}-")
-    for left in glob.glob(glob.escape(ours) + "*.tmp") if hasattr(os, "fork") else ():
-        with contextlib.suppress(PermissionError, ValueError):          # left by a process that was killed
-            try:
-                os.kill(int(left[len(ours):-4]), 0)
-            except ProcessLookupError:
-                os.remove(left)
-    temporary = f"{ours}{os.getpid()}.tmp"
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with locked(temporary):                         # what a killed process left there is written over
+            try:
+                yield temporary
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(temporary)
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def write_csv(path, columns, rows):
@@ -142,7 +143,7 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
         first = next(blocks, (slice(0), {"X": np.zeros((0, len(genes)))}))
         widths, offsets = {key: np.shape(values)[1] for key, values in first[1].items()}, {}
         check_room(temporary, 4 * cells * sum(widths.values()))
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", locking=False) as file:
             encode(file, "anndata", "0.1.0")
             for name in ("layers", "obsm", "varm", "obsp", "varp"):
                 encode(file.create_group(name), "dict", "0.1.0")
@@ -160,7 +161,7 @@ def write_anndata(path, genes, obs, blocks, cells, uns=None, inputs=()):
                         file.seek(offsets[key] + row * 4 * widths[key])
                         file.write(line)
         check_room(temporary, 2 * len(pickle.dumps((genes, obs, uns), 5)) + 100 * (cells + len(genes)))
-        with h5py.File(temporary, "r+") as file:
+        with h5py.File(temporary, "r+", locking=False) as file:
             write_frame(file, "obs", [str(cell) for cell in range(cells)], obs)
             write_frame(file, "var", genes, {})
             write_value(file, "uns", uns or {})
@@ -190,10 +191,10 @@ def write_frame(file, key, index, columns):
             raise ValueError(f"{key}/{name}: {len(values)} values for {len(index)} rows")
         if len(values) and isinstance(values[0], str):
             categories = sorted(set(values) - {""})
-            code = {"": -1, **{category: number for number, category in enumerate(categories)}}
+            code = {category: number for number, category in enumerate(categories)}
             column = encode(group.create_group(name), "categorical")
             column.attrs["ordered"] = False
-            write_value(column, "codes", np.array([code[value] for value in values], np.int32))
+            write_value(column, "codes", np.array([code.get(value, -1) for value in values], np.int32))
             write_value(column, "categories", categories)
         else:
             write_value(group, name, np.asarray(values))
@@ -249,17 +250,17 @@ def in_child(path, read):
         seconds, memory = SECONDS_TO_OPEN + os.path.getsize(path) // 50_000_000, most_memory(path)
 
     def answer():
+        import resource
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent ends this process
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         if os.path.exists("/proc/self/statm"):          # pages in use
-            import resource
             used = int(np.loadtxt("/proc/self/statm")[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
         try:
-            result = read()
+            send.send((read(), None))
         except Exception as error:
-            result = error
             error.add_note(traceback.format_exc())      # does not travel by itself
-        send.send(result)
+            send.send((None, error))
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
     child = fork.Process(target=answer, daemon=True)
@@ -267,16 +268,14 @@ def in_child(path, read):
         child.start()
     send.close()
     try:
-        if not receive.poll(seconds):
-            raise DataError(f"{path}: reading it does not come to an end: the file is damaged")
-        result = receive.recv()
+        result, error = receive.recv()
     except EOFError:
-        raise DataError(f"{path}: reading it crashes the HDF5 library: the file is damaged") from None
+        raise DataError(f"{path}: reading it crashes or does not come to an end: it is damaged") from None
     finally:
         child.kill()
         child.join()
-    if isinstance(result, Exception):
-        raise result
+    if error:
+        raise error
     return result
 
 
@@ -307,15 +306,15 @@ def text_attribute(node, name):
 
 
 def read_column(node, categories=None):
-    """A column of a data frame: (codes, values), the places of its rows among the sorted distinct values.
+    """A column of a data frame: (codes, names), the places of its rows among the sorted distinct values.
 
     node: array, categorical (codes, categories) or nullable (values, mask); `categories`: where codes point.
-    The values are text or numbers; code -1 means missing: "", "nan", not-a-number.
+    Numbers are named, too, 3.0 as "3". Code -1 means missing: "", "nan", not-a-number.
     """
     if isinstance(node, h5py.Group) and "mask" in node:
-        codes, values = read_column(node["values"])
+        codes, names = read_column(node["values"])
         codes[node["mask"][()].astype(bool)] = -1
-        return codes, values
+        return codes, names
     if isinstance(node, h5py.Group):
         node, categories = node["codes"], node["categories"]
     elif "categories" in getattr(node, "attrs", ()):    # as before 0.8
@@ -324,18 +323,14 @@ def read_column(node, categories=None):
     if rows.ndim != 1:
         raise ValueError(f"a column has {rows.ndim} dimensions")
     if categories is not None:
-        codes, values = read_column(categories)
+        codes, names = read_column(categories)
         if rows.dtype.kind not in "iu" or len(rows) and not -1 <= rows.min() <= rows.max() < len(codes):
             raise ValueError(f"a column has codes {np.unique(rows)[[0, -1]]} for {len(codes)} categories")
-        return np.append(codes, -1)[rows], values
+        return np.append(codes, -1)[rows], names
     values, codes = np.unique(rows, return_inverse=True)
-    missing = values != values
-    if values.dtype.kind not in "biuf":
-        texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"a column holds {rows.dtype}, neither text nor numbers")
-        values, missing = np.array(texts, object), np.isin(texts, ["", "nan"])
-    return np.where(missing[codes], -1, codes), values
+    names = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).removesuffix(".0")
+             for value in values.tolist()]
+    return np.where(np.isin(names, ["", "nan"])[codes], -1, codes), names
 
 
 def open_frame(file, key):
@@ -355,24 +350,19 @@ def open_frame(file, key):
     return lambda name: read_column(columns[name], categories.get(name)), names, index[0]
 
 
-def as_texts(values):
-    """Distinct values of a column as a list of text, whole numbers without a decimal point."""
-    numbers = values.dtype.kind in "iuf"
-    return [str(int(value)) if numbers and value % 1 == 0 else str(value) for value in values.tolist()]
+def texts(column):
+    """A column (codes, names) as text, an array (rows,): "" where it is missing."""
+    return np.array([*column[1], ""], object)[column[0]]
 
 
 def read_obs(path, columns):
-    """Columns of obs by name: {name: (C,) array}, numbers as stored and text as str ("" where missing)."""
+    """Columns of obs by name: {name: (C,) array of text}, "" where missing."""
     def read():
         with open_file(path) as file, reading(path):
             column, names, _ = open_frame(file, "obs")
             if missing := [name for name in columns if name not in names]:
                 raise ValueError(f"obs has no {listed(missing)}; it has {listed(names, 20)}")
-            found = {name: column(name) for name in columns}
-        for name, (codes, values) in found.items():
-            gap = "" if values.dtype == object else np.nan
-            found[name] = (np.append(values, gap) if (codes < 0).any() else values)[codes]
-        return found
+            return {name: texts(column(name)) for name in columns}
     return in_child(path, read)
 
 
@@ -392,7 +382,7 @@ class Matrix:
     counts: bool                 # raw counts, told from a sample: whole numbers
     choose: int = 0              # how many highly variable genes are to be chosen; 0: all are used
     totals: object = None        # the Matrix of all genes, where this one holds the counts of only some
-    lowest: float = 0.0          # value; minus infinity for predictions, which may be of any size
+    predicted: bool = False      # predictions: values may be of any size, every row is kept
 
     @functools.cached_property
     def matrix(self):
@@ -404,10 +394,9 @@ class Matrix:
     def checked(self, values):
         """The values; `DataError` unless all are finite and what counts or their logarithms can be."""
         low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
-        finite, predicted = np.isfinite(low) and np.isfinite(high), self.lowest < 0
-        most = np.inf if self.counts or predicted else LOG_NORMALISED_MAX
-        if not finite or low < self.lowest or high > most:
-            wrong = "not finite" if not finite else "negative" if low < self.lowest else "too large for log1p"
+        finite, most = np.isfinite([low, high]).all(), np.inf if self.counts else LOG_NORMALISED_MAX
+        if not finite or not self.predicted and not 0 <= low <= high <= most:
+            wrong = "not finite" if not finite else "negative" if low < 0 else "too large for log1p"
             raise DataError(f"{self.path}: {self.key} holds values that are {wrong} ({low:g} to {high:g}); "
                             "counts, or log1p of normalised counts, were expected")
         return values
@@ -719,21 +708,17 @@ def find_expression(file, hvg):
 def gene_names(file, matrix, perturbations, notes):
     """The names of the matrix's genes, if possible of the kind that perturbations have; adds to the notes."""
     column, names, index = open_frame(file, "var")
-
-    def texts(name):
-        codes, values = column(name)
-        return np.array([*as_texts(values), ""], object)[codes]
-    genes, number = texts(index), matrix.shape[1]
+    genes, number = texts(column(index)), matrix.shape[1]
     by_id, ids = (np.mean([name.startswith("ENS") for name in of]) > 0.5 for of in (perturbations, genes))
     if ids and not by_id:
         notes.append("genes have Ensembl ids, perturbations symbols: no perturbation knows its own gene")
         for name in [name for name in SYMBOL_COLUMNS if name in names][:1]:
-            symbols = texts(name)
+            symbols = texts(column(name))
             values, times = np.unique(symbols, return_counts=True)
             genes = np.where(np.isin(symbols, [*values[times > 1], ""]), genes, symbols)
             notes[-1] = f"genes are called by their symbols, var column {name}, as the perturbations are"
     if matrix.key == "obsm/X_hvg" and len(genes) != number:
-        marked = "highly_variable" in names and np.isin(texts("highly_variable"), ["True", "1"])
+        marked = "highly_variable" in names and np.isin(texts(column("highly_variable")), ["True", "1"])
         if np.sum(marked) == number:
             genes = genes[marked]
         else:
@@ -754,23 +739,23 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
     need_embeddings None: only where there are any. Without perturbed cells an error, unless it is False.
     """
     path, given = os.fspath(path), read_embeddings(genept) if genept else None
+    need_embeddings = need_embeddings and not predicted
 
     def read():
         with open_file(path) as file, reading(path):
             packed, (column, names, index) = read_packed(file), open_frame(file, "obs")
             matrix, notes = find_expression(file, np.inf if predicted else hvg)
-            matrix.lowest = -np.inf if predicted else 0.0
+            matrix.predicted = predicted
             names, labels, problems = [name for name in names if name != index], [], []
             columns = cell_line_column, perturbation_column, batch_column
             for asked, (what, known) in zip(columns, COLUMNS.items()):
                 name, problem = choose(what, names, asked, known)
-                codes, values = column(name) if name else (np.zeros(matrix.shape[0], int), np.array(["all"]))
-                labels.append((codes, as_texts(values)))
+                labels.append(column(name) if name else (np.zeros(matrix.shape[0], int), ["all"]))
                 if problem.startswith(f"no {what} recognised") and what != "perturbation column":
                     notes.append(f"no {what} ({', '.join(known)}): all cells count as one, called all")
                 elif problem:
                     problems.append(problem)
-                if len(codes) != matrix.shape[0]:
+                if len(labels[-1][0]) != matrix.shape[0]:
                     raise ValueError(f"obs column {name} and the rows of {matrix.key} differ in number")
             if problems:
                 raise DataError(f"{path}: {'; '.join(problems)} (there are {listed(names, 20) or 'none'})")
@@ -838,8 +823,7 @@ def usable_cells(path, labels, control, embedded, predicted, notes):
     return recode(line, lines), recode(perturbation, perturbations, [control]), recode(group, groups)
 
 
-def load(path, genept="", perturbation_column="", cell_line_column="", batch_column="", control="", hvg=2000,
-         need_embeddings=True, predicted=False, say=say):
+def load(path, say=say, **options):
     """Reads an AnnData file, packed or not, into a `Dataset` whose expression is mapped. Raises `DataError`.
 
     genept: file of embeddings (`read_embeddings`). Column names and control label are recognised in the
@@ -848,18 +832,17 @@ def load(path, genept="", perturbation_column="", cell_line_column="", batch_col
     be negative, controls and embeddings are not needed, rows and genes stay as they are. What cannot be
     mapped is packed into a temporary file first, as `say` is told.
     """
-    dataset = recognise(path, genept, perturbation_column, cell_line_column, batch_column, control, hvg,
-                        need_embeddings and not predicted, predicted)
+    dataset = recognise(path, **options)
     matrix = dataset.expression
     if matrix.offset and matrix.dtype.kind == "f" and not matrix.counts and not matrix.choose:
         return dataset
     say(f"{path}: {matrix.key} is packed into a temporary file; `python data.py pack` once saves this")
     with tempfile.TemporaryDirectory(prefix="ptrag-", ignore_cleanup_errors=True) as folder:
         copy = os.path.join(folder, "packed.h5")
-        rows = write_packed(dataset, copy, say, predicted=predicted)
+        rows = write_packed(dataset, copy, say)
         with open_file(copy) as file:
             packed = open_matrix(file, "obsm/X_hvg")
-        packed.counts, packed.lowest = False, matrix.lowest
+        packed.counts, packed.predicted = False, matrix.predicted
         packed.matrix                                   # mapped now: the file has no name any more
     if os.path.exists(copy):                            # Windows removes no mapped file: at the end, then
         atexit.register(lambda: (packed.matrix._mmap.close(), shutil.rmtree(folder, True)))
@@ -885,14 +868,15 @@ def pack(path, output, say=say, all_embeddings=False, **options):
     return dataset.notes
 
 
-def write_packed(dataset, output, say, inputs=(), predicted=False):
-    """Packs what `recognise` gave; returns the rows written: the usable ones, sorted, or (predicted) all."""
+def write_packed(dataset, output, say, inputs=()):
+    """Packs what `recognise` gave; returns the rows written: the usable ones, sorted, or all predictions."""
     matrix, columns, notes = dataset.expression, slice(None), dataset.notes
     rows = np.lexsort((dataset.gem_group, dataset.perturbation, dataset.cell_line))
-    rows = np.arange(matrix.shape[0]) if predicted else rows[dataset.cell_line[rows] >= 0]
+    rows = np.arange(matrix.shape[0]) if matrix.predicted else rows[dataset.cell_line[rows] >= 0]
     place = np.full(matrix.shape[0], -1)                # where each row of the matrix goes
     place[rows] = np.arange(len(rows))
     if matrix.choose:
+        say(f"packing: choosing the {matrix.choose:,} most variable of {len(dataset.genes):,} genes")
         columns = highly_variable(matrix, matrix.choose)
         notes.append(f"the {len(columns):,} most variable of {len(dataset.genes):,} genes chosen")
         dataset.genes = [dataset.genes[column] for column in columns]
@@ -996,13 +980,13 @@ def cut(names, seed, fold=0):
     return dict(zip(order[start:] + order[:start], parts))
 
 
-def read_split_file(path):
-    """The sections of a split file: (datasets that train, {"dataset.line": part or {part: [names]}})."""
+def split_file(path, conditions, notes):
+    """The part of each condition (cell line in small letters, perturbation) or None; adds to the notes."""
+    rules = {}                                          # cell line: {perturbation: part, None: of the others}
     with reading(path), open(path, "rb") as file:
         table = tomllib.load(file)
         training, zeroshot, fewshot = (table.get(name, {}) for name in ("training", "zeroshot", "fewshot"))
-        if not (training or zeroshot or fewshot):
-            raise ValueError("no section [training], [zeroshot] or [fewshot]")
+        training = {name.lower() for name, use in training.items() if use == "train"}
         for key, rule in [*zeroshot.items(), *fewshot.items()]:
             lists = rule if isinstance(rule, dict) else {rule: []}
             names = [name for names in lists.values() for name in dict.fromkeys(names)]
@@ -1010,33 +994,26 @@ def read_split_file(path):
                 raise ValueError(f"{key}: expected train, val or test, or a list of perturbations for each")
             if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
                 raise ValueError(f"{key}: perturbations must be text, each in one part")
-        lines = [key.partition(".")[2].lower() for key in [*zeroshot, *fewshot]]
-        if "" in lines or len(set(lines)) < len(lines):
-            raise ValueError(f"each cell line must be named once, as dataset.line ({listed(lines)})")
-        return {name for name, use in training.items() if use == "train"}, zeroshot | fewshot
-
-
-def split_file(path, conditions, notes):
-    """The part of each condition (cell line in small letters, perturbation) or None; adds to the notes."""
-    training, rules = read_split_file(path)
-    parts, unknown_lines = dict.fromkeys(conditions, "train" if training else None), []
-    for key, rule in rules.items():
-        owner, _, line = key.partition(".")             # found by the line's name, whatever the dataset's
-        here = {name for at, name in conditions if at == line.lower()}
-        if not here:
-            unknown_lines.append(line)
-            continue
-        listing = {} if isinstance(rule, str) else {name: part for part in rule for name in rule[part]}
-        default = rule if isinstance(rule, str) else "train" if owner in training else None
-        parts |= {(line.lower(), name): listing.get(name, default) for name in here}
-        if unknown := [name for name in listing if name not in here]:
+            owner, _, line = key.lower().partition(".")     # found by the line's name, whatever the dataset's
+            if not line or line in rules:
+                raise ValueError(f"{key}: each cell line must be named once, as dataset.line")
+            others = rule if isinstance(rule, str) else "train" if owner in training else None
+            rules[line] = {None: others} | {name: part for part in lists for name in lists[part]}
+        if not (rules or training):
+            raise ValueError("no section [training], [zeroshot] or [fewshot]")
+    known, lines = set(conditions), {line for line, _ in conditions}
+    for line in rules:
+        unknown = [name for name in rules[line] if name and (line, name) not in known]
+        if unknown and line in lines:
             notes.append(f"{path}: {len(unknown)} perturbations listed for {line} are not in the data: "
                          f"{listed(unknown)}")
-    if unknown_lines:
-        notes.append(f"{path}: {len(unknown_lines)} cell lines are not in the data: {listed(unknown_lines)}")
-    if None in parts.values():
-        notes.append(f"{path}: {list(parts.values()).count(None)} conditions belong to no part")
-    return list(parts.values())
+    if unknown := [line for line in rules if line not in lines]:
+        notes.append(f"{path}: {len(unknown)} cell lines are not in the data: {listed(unknown)}")
+    rules = {line: {None: "train" if training else None} for line in lines} | rules
+    parts = [rules[line].get(name, rules[line][None]) for line, name in conditions]
+    if None in parts:
+        notes.append(f"{path}: {parts.count(None)} conditions belong to no part")
+    return parts
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -1190,41 +1167,16 @@ def fingerprint(dataset, split):
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """One process at a time works on a run's folder, `DataError` for others; it ends with the process."""
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        with contextlib.suppress(ImportError):          # there is no fcntl on Windows
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DataError(f"{folder}: another process is at work in it; take another --name") from None
-            for left in glob.glob(os.path.join(glob.escape(str(folder)), ".*.tmp")):
-                os.remove(left)                         # of a process that was killed: nobody else is here
-        yield
+def claim(name, stem):
+    """Makes the folder runs/NAME, without a name the first of STEM-1, STEM-2, ... that is free.
 
-
-def claim(name, stem, config):
-    """Makes the folder runs/NAME with its config.json in one step: of two runs at once one has it.
-
-    Without a name it is the first of STEM-1, STEM-2, ... that is free. `DataError` if it exists.
+    Of two runs at once one has it. `DataError` if it exists.
     """
     for new in [name] if name else (f"{stem}-{number}" for number in itertools.count(1)):
-        folder, temporary = os.path.join("runs", new), os.path.join("runs", f".{new}.{os.getpid()}")
-        if os.path.exists(folder) and not name:
-            continue
-        os.makedirs(temporary)
-        try:
-            with open(os.path.join(temporary, "config.json"), "w") as file:
-                file.write(json.dumps(config, indent=1) + "\n")
-            os.rename(temporary, folder)                # fails where the folder holds anything
+        folder = os.path.join("runs", new)
+        with contextlib.suppress(FileExistsError):      # NAME may have stopped before it wrote anything
+            os.makedirs(folder, exist_ok=name and not os.path.exists(os.path.join(folder, "config.json")))
             return folder
-        except OSError as error:
-            if not os.path.exists(folder):
-                raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     raise DataError(f"{folder}: exists; choose another --name, or continue it with --resume {folder}")
 
 

@@ -899,7 +899,8 @@ def write_predictions(folder, models, dataset, split, config):
                     raise ptrag.Diverged(f"{name}: predicts no finite numbers; train with a smaller --lr")
                 names, nothing = (*name.rsplit("-", 1), *names_of(dataset, condition)), math.nan
                 if chance is not None:
-                    nothing = (chance <= 0.5).all(1) if config.select == "threshold" else (1 - chance).prod(1)
+                    chances = np.round(chance) if config.select == "threshold" else chance
+                    nothing = (1 - chances).prod(1)
                     used = *ptrag.used_candidates(model, names[3], chance).values(), (chance > 0.5).mean(0)
                     report.extend((*names, rank, *row) for rank, row in enumerate(zip(*used), start=1))
                 done = len(obs["method"])
@@ -920,7 +921,7 @@ def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, 
     expression, notes = data.align_genes(predicted, dataset.genes)
     codes = {names_of(predicted, condition): condition for condition in predicted.conditions()}
     obs = {name: np.full(len(predicted.cell_line), value)
-           for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", math.nan))}
+           for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", ""))}
     with contextlib.suppress(*[data.DataError] * (prefix is None)):
         obs = data.read_obs(path, list(obs))
     method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
@@ -937,8 +938,8 @@ def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, 
             return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
 
         contenders.append(Contender((prefix or "") + name, seed_name, cells))
-        nothing = np.array(obs["nothing_selected"][method == method[first]], float)
-        empty[contenders[-1].label] = float(average(nothing))
+        nothing = [float(share or "nan") for share in obs["nothing_selected"][method == method[first]]]
+        empty[contenders[-1].label] = float(average(np.array(nothing)))
     return contenders, set(codes), notes, empty
 
 

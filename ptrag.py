@@ -925,9 +925,9 @@ def load(run, method=None, seed=None):
 def open_data(config, need_split=True):
     """The Dataset, without `data` the simulation, and the Split of a configuration (None if not needed)."""
     import data
-    columns = [getattr(config, name) for name in COLUMNS]
+    options = {name: getattr(config, name) for name in ("genept", "control", "hvg", *COLUMNS)}
     dataset = data.simulate(config.seed) if not config.data else data.load(
-        config.data, config.genept, *columns, config.control, config.hvg, need_split)
+        config.data, need_embeddings=need_split, **options)
     return dataset, data.split(dataset, config.split, config.seed) if need_split else None
 
 
@@ -1112,7 +1112,7 @@ def run_training(config, folder=None):
         model.retrieve_from(pool_of(config.test_pool or config.pool, dataset, split), config.hard_negatives)
     if rank == 0:
         stem = Path(config.data).stem or "simulated"
-        folder = folder or Path(data.claim(config.name, stem, asdict(config)))
+        folder = folder or Path(data.claim(config.name, stem))
     if size > 1:
         torch.distributed.broadcast_object_list(shared := [folder])
         folder, = shared
