@@ -37,7 +37,7 @@ SYMBOL_COLUMNS = ("gene_name", "gene_symbols", "feature_name", "gene_symbol")
 
 TARGET_SUM = 1e4            # counts are normalised to this total per cell before log1p
 LOG_NORMALISED_MAX = 20.0   # log1p of anything a sequencer counts stays below
-SECONDS_TO_OPEN = 10        # of CPU, and one for every 50 MB: labels take far less, damaged files for ever
+SECONDS_TO_OPEN = 10        # and one for every 50 MB: labels take far less, damaged files can take for ever
 BLOCK_BYTES = 16 << 20      # of a matrix at a time: small enough for its pages to be used again
 
 
@@ -84,7 +84,7 @@ def status_of(command, *arguments):
 def locked(path):
     """One process at a time works on a file or in a folder, `DataError` for others; ends with the process."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):          # there is no fcntl on Windows
+        with contextlib.suppress(ImportError, OSError):     # Windows and some file systems have no such locks
             import fcntl
             lock = os.path.join(path, ".lock") if os.path.isdir(path) else path
             try:
@@ -250,10 +250,11 @@ def in_child(path, read):
         seconds, memory = SECONDS_TO_OPEN + os.path.getsize(path) // 50_000_000, most_memory(path)
 
     def answer():
-        import resource
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent ends this process
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)                           # so does the clock, inside the HDF5 library, too
         if os.path.exists("/proc/self/statm"):          # pages in use
+            import resource
             used = int(np.loadtxt("/proc/self/statm")[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
         try:
@@ -826,11 +827,11 @@ def usable_cells(path, labels, control, embedded, predicted, notes):
 def load(path, say=say, **options):
     """Reads an AnnData file, packed or not, into a `Dataset` whose expression is mapped. Raises `DataError`.
 
-    genept: file of embeddings (`read_embeddings`). Column names and control label are recognised in the
-    spellings of the field unless given. Without obsm/X_hvg the `hvg` most variable genes are used. With
-    `need_embeddings` perturbations without one are left out. predicted: the cells are predictions: values may
-    be negative, controls and embeddings are not needed, rows and genes stay as they are. What cannot be
-    mapped is packed into a temporary file first, as `say` is told.
+    The options are those of `recognise`. genept: file of embeddings (`read_embeddings`). Column names and
+    control label are recognised in the spellings of the field unless given. Without obsm/X_hvg the `hvg` most
+    variable genes are used. With `need_embeddings` perturbations without one are left out. predicted: the
+    cells are predictions: values may be negative, controls and embeddings are not needed, rows and genes stay
+    as they are. What cannot be mapped is packed into a temporary file first, as `say` is told.
     """
     dataset = recognise(path, **options)
     matrix = dataset.expression
@@ -897,10 +898,8 @@ def write_packed(dataset, output, say, inputs=()):
         if impossible:
             notes.append(f"{impossible:,} values are above 9.21, log1p of all 10,000 counts of a cell")
 
-    obs = {}
-    for name in ("cell_line", "perturbation", "gem_group"):
-        names = np.array([*getattr(dataset, f"{name}s"), ""], object)
-        obs[name] = names[getattr(dataset, name)[rows]].tolist()
+    obs = {name: texts((getattr(dataset, name)[rows], getattr(dataset, f"{name}s"))).tolist()
+           for name in ("cell_line", "perturbation", "gem_group")}
     uns = {"control": dataset.perturbations[0], "notes": notes, "embedding_genes": dataset.embedding_genes,
            "embeddings": dataset.embeddings}
     write_anndata(output, dataset.genes, obs, blocks(), len(rows), {"ptrag": uns}, inputs)
