@@ -127,6 +127,8 @@ def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_an
     assert json.loads((folder / "config.json").read_text())["top_k"] == 3
     saved, log = load(folder / "model.pt"), table(folder / "log.csv")
     assert saved["format"] == "model" and [*saved["models"]] == pairs
+    weights = [model["output.weight"] for model in saved["models"].values()]
+    assert not any(map(torch.equal, weights[:2], weights[2:]))  # another seed, other weights
     steps = [f"{row['method']}-{row['seed']}, {row['step']}" for row in log]
     assert steps == [f"{pair}, {step}" for pair in pairs for step in "1234"]
     assert [row["validation"] != "" for row in log] == [False, True] * 8  # an empty cell is not a number
@@ -170,6 +172,7 @@ def test_a_pool_for_test_time_is_used_and_kept_and_hard_negatives_are_its_least_
     d, split = ptrag.open_data(ptrag.read_config(folders[0]))
     training, model = {d.perturbations[p] for _, p in split.train}, ptrag.load(folders[1])
     assert [{row["candidate"] for row in found} <= training for found in rows[:2]] == [True, False]
+    assert model.pool.tolist() == [*range(1, len(d.perturbations))]
     order, _ = ptrag.retrieve(model.embeddings, model.pool, len(model.pool) - 1)
     for near, far in zip(*rows[1:], strict=True):  # round(0.6 * 3) = 2 of 3 give way
         best = [d.perturbations[i] for i in order[d.perturbations.index(near["perturbation"])]]
