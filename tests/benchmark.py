@@ -88,9 +88,9 @@ def watched(*command, part_of=lambda line: "all", until=Path("never")):
         part = part_of(Path("output").read_text().rstrip().rpartition("\n")[2])
         peaks[part] = max(peaks[part], memory("RssAnon", process.pid))
         taken[part] += time.perf_counter() - before
-        if killed := until.exists():
+        if until.exists():
             process.kill()
-    if process.returncode and not killed:
+    if process.returncode and not until.exists():
         raise RuntimeError(f"{command} ended with {process.returncode}: {Path('output').read_text()[-2000:]}")
     return taken, peaks, sum(os.times()[2:4]) - cpu, Path("output").read_text().rstrip().rpartition("\n")[2]
 

@@ -26,6 +26,7 @@ SIZES = dict(hidden=8, layers=1, heads=2, feed_forward=16, cells=8, sets=4, top_
 TINY = " ".join(f"{ptrag.flag(name)} {size}" for name, size in SIZES.items())
 UNNAMED = TINY.removesuffix(" --name m")
 RESUME = "--resume runs/m"
+load = functools.partial(torch.load, weights_only=True)
 SHORT = "--steps 4 --validate-every 2 --method ptrag,state"
 PREDICT = "--predict GENE003 --cell-line simA --cells 5 --model runs/m -o out.h5ad"
 
@@ -90,10 +91,6 @@ def same_run(a, b):
     files, others = contents(a), contents(b)
     return files.keys() == others.keys() and all(
         files[path] == others[path] for path in files if re.search("csv|h5ad|model.pt", path.name))
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def changed_config(folder, **changes):
