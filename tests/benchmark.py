@@ -9,6 +9,8 @@ and run, make files of 643,413 cells (25 GB of disk, an hour): only if named, or
 """
 import argparse
 import collections
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -54,49 +56,51 @@ def seconds(side):
 
 def take_turns(quick, *sides):
     """Seconds (sides, rounds) of functions called in turn, after one call each to warm up."""
-    for side in sides:
-        seconds(side)
-    return np.array([[seconds(side) for side in sides] for _ in range(3 if quick else 5)]).T
+    return np.array([[seconds(side) for side in sides] for _ in range(4 if quick else 6)])[1:].T
 
 
 def against(slow, fast, least=None, most=None):
     """What was measured of two sides: the end of a row."""
     ratio = float(np.median(slow / fast))
     goal = f"at least {least} x" if least else f"at most {most} x" if most else ""
-    met = ratio >= least if least else ratio <= most if most else None
+    met = (least or 0) <= ratio <= (most or np.inf) if goal else None
     return f"{ratio:.2f} x: {np.median(slow):.3f} s, {np.median(fast):.3f} s", goal, met
 
 
-def memory(peak=False):
-    """GB that this process has now, or had at most; with a GPU, what torch has allocated there."""
-    if DEVICE.type == "cuda":
-        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status)[1]) / 1e6
+def memory(kind="VmRSS", process="self"):
+    """GB that a process has (VmRSS), had at most (VmHWM) or has to itself (RssAnon: no pages of mapped files,
+    which the system can take back); of this one with a GPU, what torch has allocated there."""
+    if DEVICE.type == "cuda" and process == "self":
+        return (torch.cuda.max_memory_allocated if kind == "VmHWM" else torch.cuda.memory_allocated)() / 1e9
+    found = re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) / 1e6 if found else 0
 
 
-def watched(*command):
-    """Runs a Python program: seconds, seconds of CPU, peak GB, the last line it printed. The memory is its
-    own: pages of a mapped file are the system's to take back."""
-    cpu, began, peak = sum(os.times()[2:4]), time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+def watched(*command, part_of=lambda line: "all", until=Path("never")):
+    """Runs a Python program, kills it once a file is there: seconds and peak GB of each of its parts, told by
+    the last line printed so far; seconds of CPU; the last line."""
+    taken, peaks, cpu = collections.Counter(), collections.Counter(), sum(os.times()[2:4])
+    with open("output", "w") as output:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=output)
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *map(int, re.findall(r"RssAnon:\s+(\d+)", status))])
+        before = time.perf_counter()
         time.sleep(0.02)
-    taken, cpu, printed = time.perf_counter() - began, sum(os.times()[2:4]) - cpu, process.stdout.read()
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}: {printed}")
-    return taken, cpu, peak / 1e6, printed.rstrip().rpartition("\n")[2]
+        part = part_of(Path("output").read_text().rstrip().rpartition("\n")[2])
+        peaks[part] = max(peaks[part], memory("RssAnon", process.pid))
+        taken[part] += time.perf_counter() - before
+        if until.exists():
+            process.kill()
+    if process.returncode and not until.exists():
+        raise RuntimeError(f"{command} ended with {process.returncode}: {Path('output').read_text()[-2000:]}")
+    return taken, peaks, sum(os.times()[2:4]) - cpu, Path("output").read_text().rstrip().rpartition("\n")[2]
 
 
 def in_a_process(task, **settings):
     """What a function of this file returns in a process of its own, and that one's peak GB."""
     asked = json.dumps({"task": task.__name__, **settings}), "--device", DEVICE
     threads = "--threads", torch.get_num_threads()
-    *_, peak, printed = watched(Path(__file__).resolve(), "--process", *asked, *threads)
-    return json.loads(printed), peak
+    _, peaks, _, printed = watched(Path(__file__).resolve(), "--process", *asked, *threads)
+    return json.loads(printed), peaks["all"]
 
 
 # ---- The published algorithm, cell by cell -----------------------------------------------------------------
@@ -118,7 +122,8 @@ def plain_context(model, perturbation, cell, query, noise=None):
     logits = stage.score_out(scored)  # (B, S, K, 2)
     logits = logits / logits.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     noise = ptrag.gumbel_noise(logits.shape, logits.device) if noise is None else noise
-    weights = ptrag.straight_through(logits, stage.temperature, noise)  # (B, S, K)
+    soft = torch.softmax((logits + noise) / stage.temperature, -1)  # 0 or 1 with its gradient
+    weights = (F.one_hot(soft.argmax(-1), 2) + (soft - soft.detach()))[..., 1]  # (B, S, K)
     context = (weights[..., None] * stage.value(z)).sum(2)  # (B, S, h)
     return context, ptrag.Selection(weights, logits, torch.sigmoid(logits.diff(dim=-1)[..., 0]))
 
@@ -142,31 +147,31 @@ def make_model(config, kind=ptrag.PTRAG, genes=GENES, pool=POOL):
     return kind(config, range(genes), range(pool + 1), embeddings, torch.arange(1, pool + 1)).to(DEVICE)
 
 
-def make_batch(config, genes=GENES, pool=POOL):
+@functools.cache
+def make_batch(sets, cells, genes=GENES, pool=POOL):
     """A batch of random log1p counts."""
-    rng, shape = np.random.default_rng(0), (config.sets, config.cells)
+    rng, shape = np.random.default_rng(0), (sets, cells)
     control, target = (np.log1p(rng.poisson(0.6, (*shape, genes))).astype(np.float32) for _ in range(2))
-    perturbation, nothing = rng.integers(1, pool + 1, config.sets), np.zeros(shape, np.int64)
+    perturbation, nothing = rng.integers(1, pool + 1, sets), np.zeros(shape, np.int64)
     return data.Batch(control, target, perturbation, nothing[:, 0], nothing)
 
 
-def training(config, batch, model=None):
+def training(config, kind=ptrag.PTRAG, **sizes):
     """ptrag.train on one batch, a step a call."""
-    model = model or make_model(config)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(trained, config.lr, fused=True)
+    model, batch = make_model(config, kind, **sizes), make_batch(config.sets, config.cells, **sizes)
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
     steps = ptrag.train(model, optimizer, itertools.repeat(batch), [], config, ptrag.Progress())
     return lambda: next(steps)
 
 
-def growing_step(genes=GENES, pool=POOL, turns=True, **sizes):
+def growing_step(turns=True, genes=GENES, pool=POOL, **sizes):
     """Peak GB over its batch of a step with other sizes; its seconds, and the default step's, in turn."""
     config = replace(DEFAULT, **sizes)
-    batch, before = make_batch(config, genes, pool), memory()
-    step = training(config, batch, make_model(config, genes=genes, pool=pool))
+    make_batch(config.sets, config.cells, genes=genes, pool=pool)
+    before, step = memory(), training(config, genes=genes, pool=pool)
     seconds(step), seconds(step)
-    peak = memory(peak=True) - before
-    return peak, take_turns(True, step, training(DEFAULT, make_batch(DEFAULT))).tolist() if turns else None
+    peak = memory("VmHWM") - before
+    return peak, take_turns(True, step, training(DEFAULT)).tolist() if turns else None
 
 
 # ---- Rows: name, measured, goal, whether it is met ---------------------------------------------------------
@@ -174,67 +179,53 @@ def growing_step(genes=GENES, pool=POOL, turns=True, **sizes):
 def step_rows(quick):
     B = 4 if quick else 64
     published, default = replace(PUBLISHED, sets=B), replace(DEFAULT, sets=B)
-    plain, batch = replace(published, group_cells=2**40), make_batch(default)  # it knows no groups of sets
-    sides = [training(plain, batch, make_model(plain, PlainPTRAG))]
-    for config in (published, default, replace(default, method="state-genept")):
-        sides.append(training(config, batch))
-    plain, ours, own, without = take_turns(quick, *sides)
+    plain, ours, own, without = take_turns(
+        quick, training(replace(published, group_cells=2**40), PlainPTRAG),  # it knows no groups of sets
+        *map(training, (published, default, replace(default, method="state-genept"))))
     yield f"step against the published algorithm, B {B}: default generator", *against(plain, own, least=7)
     yield "  published generator", *against(plain, ours, least=3.5)
     yield f"ptrag step against state-genept, B {B}, default generator", *against(own, without, most=1.35)
 
 
-def selection_rows(quick):
-    """Stages 1 and 2, forward and backward, against the plain form, and how far the two differ."""
-    config = replace(DEFAULT, sets=4 if quick else 64)
-    model, shape = make_model(config).train(), (config.sets, config.cells, config.hidden)
-    perturbation = torch.from_numpy(make_batch(config, genes=2).perturbation).to(DEVICE)
-    cell, upstream = torch.randn(shape, device=DEVICE, requires_grad=True), torch.randn(shape, device=DEVICE)
-    noise = ptrag.gumbel_noise((*shape[:2], config.top_k, 2), DEVICE)
+def selected(model, perturbation, cell, noise, plain=False):
+    """Stages 1 and 2, forward and backward: weights (B, S, K); context, logits and all gradients."""
     encode = lambda genes: model.perturbation_encoder(model.embeddings[genes])
+    cell, query = cell.clone().requires_grad_(), encode(perturbation)
+    context, selection = plain_context(model, perturbation, cell, query, noise) if plain else model.selector(
+        cell, query, encode(model.candidates[perturbation]), "sample", noise)
+    model.zero_grad()
+    ((context * torch.linspace(-1, 1, cell.shape[2]).to(cell)).sum() + selection.weights.mean()).backward()
+    gradients = [weight.grad for weight in (cell, *model.parameters()) if weight.grad is not None]
+    return selection.weights.detach(), [context.detach(), selection.logits.detach(), *gradients]
 
-    def ours():
-        candidate = encode(model.candidates[perturbation])
-        return finish(cell, *model.selector(cell, encode(perturbation), candidate, noise=noise))
 
-    def plain(cell=cell, noise=noise):
-        return finish(cell, *plain_context(model, perturbation, cell, encode(perturbation), noise))
-
-    def finish(cell, context, selection):
-        weights = cell, *model.parameters()
-        for weight in weights:
-            weight.grad = None
-        ((context * upstream).sum() + selection.weights.mean()).backward()
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        return selection.weights.detach(), [context.detach(), selection.logits.detach(), *gradients]
-
+def selection_rows(quick):
+    """Stages 1 and 2 against the plain form, and how far the two differ."""
+    config = replace(DEFAULT, sets=4 if quick else 64)
+    model, shape = make_model(config).train(), (config.sets, config.cells)
+    perturbation = torch.from_numpy(make_batch(*shape).perturbation).to(DEVICE)
+    cell = torch.randn(*shape, config.hidden, device=DEVICE)
+    noise = ptrag.gumbel_noise((*shape, config.top_k, 2), DEVICE)
+    sides = [lambda plain=plain: selected(model, perturbation, cell, noise, plain) for plain in (True, False)]
+    yield (f"retrieval + selection, forward + backward, against the plain form, B {config.sets}",
+           *against(*take_turns(quick, *sides), least=12))
     model.selector.dropout = 0.0  # the same numbers need the same noise
-    (weights, values), _ = ours(), model.double()  # float32 blurs the plain form more
-    exact_weights, exact_values = plain(cell.detach().double().requires_grad_(), noise.double())
-    flips = int((weights != exact_weights).sum())
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, exact_values))
-    model.float().selector.dropout = config.dropout
-    title = f"retrieval + selection, forward + backward, against the plain form, B {config.sets}"
-    yield title, *against(*take_turns(quick, plain, ours), least=12)
-    found = f"{error:.0e}, {flips} decisions differ"
-    yield "  values and gradients against double", found, "1e-5, 0", error <= 1e-5 and not flips
+    weights, values = selected(model, perturbation, cell, noise)
+    exact, oracle = selected(model.double(), perturbation, cell.double(), noise.double(), plain=True)
+    flips = int((weights != exact).sum())
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, oracle))
+    yield ("  values and gradients against double", f"{error:.0e}, {flips} decisions differ", "1e-5, 0",
+           error <= 1e-5 and not flips)
 
 
 def table_rows(quick):
-    """The table of 20,000 genes; a part of it against every cosine, sorted. Some genes share an embedding."""
-    N, K = 3000 if quick else 20_000, DEFAULT.top_k
-    embeddings, found = torch.randn(N, EMBEDDING).to(DEVICE), []
-    embeddings[::7], embeddings[2::14] = embeddings[3], embeddings[1::14][:len(embeddings[2::14])]
-    pool, some = torch.arange(N, device=DEVICE), torch.arange(0, N, N // 500, device=DEVICE)
-    taken = seconds(lambda: found.extend(ptrag.retrieve(embeddings, pool, K)))
+    N = 3000 if quick else 20_000
+    embeddings, pool = torch.randn(N, EMBEDDING, device=DEVICE), torch.arange(N, device=DEVICE)
+    taken = seconds(lambda: ptrag.retrieve(embeddings, pool, DEFAULT.top_k))
     yield f"retrieval table of {N:,} genes", f"{taken:.2f} s", "under 3 s", None if quick else taken < 3
-    unit = F.normalize(embeddings.double(), dim=1)
-    cosine = (unit[some] @ unit.T).round(decimals=9).masked_fill(some[:, None] == pool, -torch.inf)
-    differ = (found[0][some] != cosine.sort(dim=1, descending=True, stable=True).indices[:, :K]).sum()
-    yield f"  neighbours of {len(some)} that differ from all cosines sorted", f"{differ}", "0", not differ
 
 
-def metric_rows(quick):
+def metrics_rows(quick):
     rng = np.random.default_rng(0)
     level = rng.gamma(0.5, 1.0, GENES)
     cells = lambda n, change=1.0: np.log1p(rng.poisson(level * change, (n, GENES))).astype(np.float32)
@@ -251,7 +242,7 @@ def metric_rows(quick):
 def inference_rows(quick):
     for S, before in CELLS_A_SECOND.items():
         n, config = 512 if quick else 4096, replace(PUBLISHED, cells=S)
-        control = make_batch(replace(config, sets=n // S)).control.reshape(n, GENES)
+        control = make_batch(n // S, S).control.reshape(n, GENES)
         models = make_model(config, PlainPTRAG), make_model(config), make_model(DEFAULT)
         sides = [lambda model=model: ptrag.predict(model, control, 1, set_size=S) for model in models]
         plain, *ours = take_turns(quick, *sides)
@@ -268,16 +259,13 @@ def energy_rows(quick):
     x, y = torch.rand(2, sets, 64, GENES, device=DEVICE)
     taken = take_turns(quick, *[lambda f=f: f(x.clone().requires_grad_(), y).sum().backward() for f in forms])
     yield f"energy distance, forward + backward, against the (B, S, S, G) form, B {sets}", *against(*taken)
-    error = float((plain(x, y) / ptrag.energy_distance(x, y) - 1).abs().max())
-    yield "  how far the values differ", f"{error:.0e}", "1e-5", error <= 1e-5
 
 
-def option_rows(quick):
+def options_rows(quick):
     """--bf16 and --compile (which takes minutes): a step, and how far its loss is from the plain step's."""
     config = replace(DEFAULT, sets=4 if quick else 64, select="all")  # nothing drawn: the losses agree
-    batch = make_batch(config)
     for name, tolerance in (("bf16", 2e-2), ("compile", 1e-4))[:1 if quick else 2]:
-        sides = [training(changed, batch) for changed in (config, replace(config, **{name: True}))]
+        sides = [*map(training, (config, replace(config, **{name: True})))]
         try:
             exact, other = (side().energy.mean().item() for side in sides)
             error, (measured, *_) = abs(other / exact - 1), against(*take_turns(quick, *sides))
@@ -294,21 +282,21 @@ def growth_rows(quick):
     sizes = {"top_k": (8, 128), "cells": (128, 512), "genes": (500, 8000), "pool": (1000, 20_000)}
     for letter, (name, values) in zip("KSGN", {} if quick else sizes.items()):
         for size in values:
-            peak, taken = in_a_process(growing_step, **{name: size})[0]
+            (peak, taken), _ = in_a_process(growing_step, **{name: size})
             measured, goal, met = against(*np.array(taken), most=13 if size == 512 else None)
             yield (f"step at {letter} {size:,} against the default step; its peak memory",
                    f"{measured}; {peak:.2f} GB", goal and f"{goal}, 2 GB", met and peak < 2)
 
 
-def group_rows(quick):
+def groups_rows(quick):
     """Cells that pass the model at once: multiples of the rule of ptrag.py, 4,096 cells a step."""
     for S, h in [(64, 64)] if quick else itertools.product((64, 128, 512), (64, 128, 512)):
         own = dict(heads=max(1, h // 32), feed_forward=4 * h)
         for title, generator in {"default": own, "published": GENERATOR}.items():
             config = replace(DEFAULT, hidden=h, cells=S, sets=(1024 if quick else 4096) // S, **generator)
-            rule, batch = S * ptrag.groups_of_sets(config, 2**20, DEVICE)[0].stop, make_batch(config)
+            rule = S * ptrag.groups_of_sets(config, 2**20, DEVICE)[0].stop
             sizes = sorted({max(S, int(rule * by) // S * S) for by in (0.25, 0.5, 1, 2, 4)})
-            taken = take_turns(True, *[training(replace(config, group_cells=n), batch) for n in sizes])
+            taken = take_turns(True, *[training(replace(config, group_cells=n)) for n in sizes])
             slower = np.median(taken, 1) / np.median(taken, 1).min()  # than the best
             yield (f"groups of sets, S {S}, h {h}, {title} generator, rule {rule:,} cells",
                    ", ".join(f"{n:,} {by:.2f}" for n, by in zip(sizes, slower)), "within 10 %",
@@ -316,17 +304,16 @@ def group_rows(quick):
 
 
 def gpu_rows(quick):
-    """A step on a GPU against one on two cores, and its profile; nothing without one."""
+    """A step on a GPU, and its profile, against one on two cores; nothing without one."""
     global DEVICE
     if DEVICE.type == "cuda":
-        device, batch = DEVICE, make_batch(DEFAULT)
-        fast = take_turns(quick, step := training(DEFAULT, batch))
+        device, fast = DEVICE, take_turns(quick, step := training(DEFAULT))
         with torch.profiler.profile() as profile:
             seconds(step)
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=20))
         DEVICE = torch.device("cpu")
         torch.set_num_threads(2)
-        slow = take_turns(quick, training(DEFAULT, batch))
+        slow = take_turns(quick, training(DEFAULT))
         DEVICE = device
         yield "step on two cores against this GPU", *against(slow, fast, least=20)
 
@@ -344,21 +331,18 @@ def make_file(path, cells, sparse):
            "gem_group": rng.integers(1, 57, cells)}
     tile, share = 1 + rng.poisson(0.6, (4096, width)).astype(np.float32), rng.gamma(0.4, 1.0, width)
     tile *= rng.random(tile.shape) < np.clip(share / share.mean() * DENSITY, 0, 0.95)
-    with h5py.File(path, "w") as file:
-        data.encode(file, "anndata", "0.1.0")
-        data.write_frame(file, "obs", [f"cell{number}" for number in range(cells)], obs)
-        data.write_frame(file, "var", [f"GENE{number}" for number in range(width)], {})
-        group, parts, total = file.create_group("obsm"), {"X_hvg": np.log1p(tile)}, cells
-        if sparse:
-            group = data.encode(file.create_group("X"), "csr_matrix", "0.1.0")
-            group.attrs["shape"] = np.array([cells, width])
+    dense = ((slice(i, i + 4096), {"obsm/X_hvg": np.log1p(tile[:cells - i])}) for i in range(0, cells, 4096))
+    blocks = [(slice(0), {"obsm/none": tile[:0, :1]})] if sparse else dense
+    data.write_anndata(path, [f"GENE{number}" for number in range(width)], obs, blocks, cells)
+    if sparse:
+        with h5py.File(path, "r+") as file:
+            group, kind = file.create_group("X"), {"encoding-type": "csr_matrix", "encoding-version": "0.1.0"}
+            group.attrs.update(kind, shape=[cells, width])
             group["indptr"] = np.append(0, np.resize((tile > 0).sum(1), cells).cumsum())
-            parts = {"data": tile[tile > 0], "indices": np.nonzero(tile)[1].astype(np.int32)}
-            total = int(group["indptr"][-1])
-        for name, values in parts.items():
-            stored = group.create_dataset(name, (total, *values.shape[1:]), values.dtype)
-            for begin in range(0, total, len(values)):
-                stored[begin:begin + len(values)] = values[:total - begin]
+            for name, values in {"data": tile[tile > 0], "indices": np.int32(np.nonzero(tile)[1])}.items():
+                stored = group.create_dataset(name, group["indptr"][-1:], values.dtype)
+                for i in range(0, len(stored), len(values)):
+                    stored[i:i + len(values)] = values[:len(stored) - i]
 
 
 def forget(path):
@@ -368,63 +352,47 @@ def forget(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def sampler_of(path):
+    dataset = data.load(path)
+    return data.SetSampler(dataset, data.split(dataset, DEFAULT.split).train, DEFAULT.cells, 0)
+
+
 def first_batch(path):
     """Seconds until the first batch is there."""
-    return seconds(lambda: sampler_of(data.load(path)).draw(0, range(DEFAULT.sets)))
-
-
-def sampler_of(dataset):
-    return data.SetSampler(dataset, data.split(dataset, DEFAULT.split).train, 64, 0)
-
-
-def whole_test_set(path, conditions):
-    """Cells of test conditions; seconds to predict and to evaluate them with an untrained default model."""
-    dataset, config, folder = data.load(path), replace(DEFAULT, data=path), Path(path).parent
-    split = data.split(dataset, config.split)
-    split.test = split.test[:conditions]
-    models = {"ptrag-0": ptrag.build_model(config, dataset, split).to(DEVICE)}
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    predicting = seconds(lambda: evaluate.write_predictions(folder, models, dataset, split, config))
-    evaluating = seconds(lambda: evaluate.evaluate_runs([str(folder)], dataset, split))
-    cells = sum(min(config.max_cells, len(dataset.cells(*condition))) for condition in split.test)
-    return cells, predicting, evaluating
+    return seconds(lambda: sampler_of(path).draw(0, range(DEFAULT.sets)))
 
 
 def data_rows(quick):
     path, packed, copy = map(Path, ("in.h5ad", "packed.h5", "copy"))
+    pack = ROOT / "data.py", "pack", path, "--genept", "genept.npz", "-o", packed
     for kind in ("CSR", "dense"):
         make_file(path, CELLS // 50 if quick else CELLS, kind == "CSR")
         forget(path)
         plain = seconds(lambda: (shutil.copyfile(path, copy), forget(copy)))
         copy.unlink()
         forget(path)
-        taken, cpu, peak, _ = watched(ROOT / "data.py", "pack", path, "--genept", "genept.npz", "-o", packed)
+        taken, peaks, cpu, _ = watched(*pack)
+        taken, peak = taken["all"], peaks["all"]
         goal, met = ("45 s of CPU", cpu < 45) if kind == "CSR" else ("3 x a copy", taken < 3 * plain)
         yield (f"pack {kind}, {path.stat().st_size / 1e9:.2f} GB -> {packed.stat().st_size / 1e9:.2f} GB",
                f"{taken:.1f} s, {cpu:.1f} s of CPU, {taken / plain:.2f} x a copy; {peak:.2f} GB",
                f"{goal}, 2 GB", None if quick else met and peak < 2)
-        info = watched(ROOT / "data.py", "info", path)[0]
+        info = watched(ROOT / "data.py", "info", path)[0]["all"]
         yield f"info {kind}", f"{info:.2f} s", "under 2 s", info < 2
     forget(packed)
     cold, cached = (in_a_process(first_batch, path=str(packed))[0] for _ in range(2))
     yield "first batch from the packed file", f"{cold:.2f} s, cached {cached:.2f} s", "under 2 s", cold < 2
-    sampler, train = sampler_of(data.load(packed)), training(DEFAULT, make_batch(DEFAULT))
+    sampler, train = sampler_of(packed), training(DEFAULT)
     forget(packed)
     draw = np.median([seconds(lambda: sampler.draw(step, range(64))) for step in range(6)])
     batches = data.prefetch(sampler, range(100, 108), range(64))
-    turns = [(seconds(train), seconds(lambda: next(batches))) for _ in range(7)]
-    working, waiting = np.sum(turns[1:], 0)
+    working, waiting = take_turns(False, train, lambda: next(batches)).sum(1)
     yield (f"draw a batch from disk, {draw:.3f} s: share of training spent waiting for data",
            f"{waiting / (waiting + working):.1%}", "5 %", waiting < 0.05 * (waiting + working))
-    conditions = 10 if quick else 2500
-    (cells, *taken), peak = in_a_process(whole_test_set, path=str(packed), conditions=conditions)
-    shown, met = "{:.0f} s + {:.0f} s; {:.2f} GB".format(*taken, peak), sum(taken) < 360 and peak < 1
-    yield f"predict and evaluate {conditions:,} conditions, {cells:,} cells", shown, "6 minutes, 1 GB", met
 
 
 def run_rows(quick):
-    """One command from counts to the report, killed in its last training and resumed: each part's seconds and
-    peak GB, told from what the program prints."""
+    """One command from counts to the report, killed in its last training and resumed."""
     cells, steps, tested = (CELLS // 50, 20, 50) if quick else (CELLS, 2000, 1250)
     make_file("in.h5ad", cells, sparse=True)
     parts = f"val = {json.dumps(NAMES[1:200])}\ntest = {json.dumps(NAMES[200:200 + tested])}\n"
@@ -432,36 +400,30 @@ def run_rows(quick):
                                   + "[training]\nx = 'train'\n")
     options = ("--data in.h5ad --genept genept.npz --split split.toml --method state-genept,ptrag --name run "
                f"--steps {steps} --checkpoint-every {steps // 4} --threads {torch.get_num_threads()}").split()
-    taken, peaks = collections.Counter(), collections.Counter()
-    for arguments in (options, ["--resume", "runs/run"]):
-        with open("output", "w+") as output:
-            process = subprocess.Popen([sys.executable, ROOT / "ptrag.py", *arguments], stdout=output)
-            while process.poll() is None:
-                before = time.perf_counter()
-                time.sleep(0.1)
-                printed = Path("output").read_text().rstrip().rpartition("\n")[2]
-                part = "evaluate" if Path("runs/run/predictions.h5ad").exists() else (
-                    "predict" if f"ptrag-0 step {steps}/" in " ".join(printed.split()) else
-                    re.findall("^(?:packing|ptrag-0|state-genept-0)|$", printed)[0] or "open")
-                memory = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-                peaks[part] = max(peaks[part], int(memory[1]) if memory else 0)
-                if arguments is options and Path("runs/run/checkpoint-ptrag-0.pt").exists():
-                    process.kill()
-                taken[part] += time.perf_counter() - before
-    if process.returncode:
-        raise RuntimeError(f"the run ended with {process.returncode}: {Path('output').read_text()[-2000:]}")
+    folder = Path("runs/run")
+
+    def part_of(line):
+        if (folder / "predictions.h5ad").exists():
+            return "evaluate"
+        trained = re.match(f"ptrag-0 +step {steps}/", line)
+        return "predict" if trained else re.match("(packing|ptrag-0|state-genept-0)?", line)[0] or "open"
+    first = watched(ROOT / "ptrag.py", *options, part_of=part_of, until=folder / "checkpoint-ptrag-0.pt")
+    second = watched(ROOT / "ptrag.py", "--resume", folder, part_of=part_of)
+    taken, peaks = first[0] + second[0], first[1] | second[1]  # the sum, the larger
     for part in taken:
-        yield f"  {part}", f"{taken[part]:.0f} s; {peaks[part] / 1e6:.2f} GB", "", None
-    most = max(peaks.values()) / 1e6
+        yield f"  {part}", f"{taken[part]:.0f} s; {peaks[part]:.2f} GB", "", None
+    peak = max(peaks.values())
     yield (f"ptrag.py --data, two methods, {steps:,} steps, killed and resumed",
-           f"{sum(taken.values()):.0f} s; {most:.2f} GB", "3 GB", most < 3)
+           f"{sum(taken.values()):.0f} s; {peak:.2f} GB", "3 GB", peak < 3)
+    taken, peaks, *_ = watched(ROOT / "ptrag.py", "--resume", folder)  # trained: it predicts and evaluates
+    taken, peak = taken["all"], peaks["all"]
+    yield (f"predict and evaluate {2 * tested:,} conditions, both methods",
+           f"{taken:.0f} s; {peak:.2f} GB", "6 minutes, 1 GB", taken < 360 and peak < 1)
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-PARTS = {"step": step_rows, "selection": selection_rows, "table": table_rows, "metrics": metric_rows,
-         "inference": inference_rows, "energy": energy_rows, "options": option_rows, "growth": growth_rows,
-         "groups": group_rows, "gpu": gpu_rows, "data": data_rows, "run": run_rows}
+PARTS = {name.removesuffix("_rows"): rows for name, rows in globals().items() if name.endswith("_rows")}
 
 
 def main():
@@ -469,31 +431,27 @@ def main():
     global DEVICE
     parser = argparse.ArgumentParser(description="Speed and memory of every part, as ratios within one run.")
     parser.add_argument("--quick", action="store_true", help="smaller shapes and medians of three")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=os.path.abspath, help="also write the rows to this file")
     parser.add_argument("--only", default=",".join([*PARTS][:-2]), help=f"all, or some of {','.join(PARTS)}")
     parser.add_argument("--device", type=torch.device, default=DEVICE, help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--process", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     DEVICE, names = options.device, [*PARTS] if options.only == "all" else options.only.split(",")
     if options.process:
-        asked = json.loads(options.process)
-        print("\n" + json.dumps(globals()[asked.pop("task")](**asked)))
-        return
+        return print("\n" + json.dumps(globals()[options.process.pop("task")](**options.process)))
     if unknown := set(names) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: must be among all,{','.join(PARTS)}")
     print(f"{DEVICE}, {options.threads} threads, torch {torch.__version__}")
     rows, line = [], "{:86} {:46} {:20} {}".format
     print("goals are for full shapes" * options.quick, line("row", "measured", "goal", "met"), sep="\n")
-    with tempfile.TemporaryDirectory() as folder:
-        output, _ = options.json and Path(options.json).absolute(), os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for row in itertools.chain.from_iterable(PARTS[name](options.quick) for name in names):
             rows.append(dict(zip(("row", "measured", "goal", "met"), row)))
             print(line(*row[:3], {True: "yes", False: "NO", None: ""}[row[3]]), flush=True)
-        if output:
-            output.write_text(json.dumps(rows, indent=1, default=bool) + "\n")
-        os.chdir(ROOT)
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1, default=bool) + "\n")
 
 
 if __name__ == "__main__":

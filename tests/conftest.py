@@ -68,9 +68,9 @@ def first_command(request):
 
 
 def run(folder, *options):
-    """The exit status of `python ptrag.py OPTIONS` in a folder, run in this process."""
+    """The exit status of `python ptrag.py OPTIONS` in a folder, run in this process; a space separates."""
     with contextlib.chdir(folder):
-        return ptrag.main([str(option) for option in options])
+        return ptrag.main(" ".join(map(str, options)).split(" "))
 
 
 def table(path):

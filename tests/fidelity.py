@@ -27,24 +27,20 @@ import ptrag  # noqa: E402
 
 METRICS = ("sw1", "energy", "pearson_delta")
 HEADER = ("variant", "SW1", "energy", "r delta", "position SW1", "position energy",
-          "SW1 better than in the first row", "input: sd in a set / rms")
+          "SW1 better than in the first row")
 
 
 class SelfRetrieving(ptrag.PTRAG):
-    """In training, every query excludes the perturbation of the batch's first set, not itself: all others in
-    the pool retrieve themselves, at rank 1. Not at test time. The pool needs one gene more."""
-
-    def __init__(self, config, genes, perturbations, embeddings, pool, gem_groups=("all",)):
-        super().__init__(config, genes, perturbations, embeddings, pool, gem_groups)
-        twice = torch.cat([embeddings, embeddings])  # a copy is not in the pool: it finds the original
-        nearest = ptrag.retrieve(twice, pool, config.top_k + 1)[0][len(embeddings):]  # (P, K + 1)
-        self.register_buffer("nearest", nearest, persistent=False)
+    """In training, every query excludes the perturbation of the batch's first set, not itself: all others
+    retrieve themselves, at rank 1. Not at test time."""
 
     def forward(self, control, perturbation, *others):
-        own = self.candidates
+        own = self.candidates  # (P, K)
         if self.training:
-            excluded_last = (self.nearest == perturbation[0]).int().argsort(dim=1, stable=True)
-            self.candidates = self.nearest.gather(1, excluded_last)[:, :-1]  # (P, K)
+            itself = torch.arange(len(own), device=own.device).where(own[:, 0] >= 0, -1)  # not the control
+            nearest = torch.cat([itself[:, None], own], dim=1)  # (P, K + 1)
+            excluded_last = (nearest == perturbation[0]).int().argsort(dim=1, stable=True)
+            self.candidates = nearest.gather(1, excluded_last)[:, :-1]
         result, self.candidates = super().forward(control, perturbation, *others), own
         return result
 
@@ -98,33 +94,28 @@ TABLES = {"departures": [
 
 
 def measure(models, at_test, draws, config, dataset, split, controls):
-    """Models on every test condition: the evaluation's `Results`; and of the generator's input the standard
-    deviation over the cells of a set (mean over sets and hidden units) and the root mean square."""
-    contenders, spread, square, seed = [], [], [], ptrag.seed_torch
-    watch = lambda generator, inputs: (spread.append(inputs[0].std(dim=1).mean(1)),
-                                       square.append(inputs[0].square().mean((1, 2)))) and None
-    for number, draw in itertools.product(range(len(models)), range(draws)):
-        model = models[number]
-        hook = model.generator.register_forward_pre_hook(watch)
+    """The evaluation's `Results` of models on every test condition, each with several draws."""
+    contenders, seed = [], ptrag.seed_torch
+    for (number, model), draw in itertools.product(enumerate(models), range(draws)):
         with at_test(model), patch.object(ptrag, "seed_torch", lambda *numbers: seed(*numbers, draw)):
             cells = {condition: prediction.cells for condition, _, prediction
                      in ptrag.predict_conditions(model, dataset, split.test, config)}
-        hook.remove()
         contenders.append(evaluate.Contender("variant", f"{number}.{draw}", cells.__getitem__))
     not_measured = lambda x, y, p=None: x.new_full((len(x),), math.nan)  # slow, and not in this table
     with patch.object(ptrag, "wasserstein", not_measured), patch.object(evaluate, "mmd", not_measured):
-        results = evaluate.measure(dataset, split.test, contenders, {}, controls, config.seed)
-    return results, f"{torch.cat(spread).mean():.2g} / {torch.cat(square).mean().sqrt():.2g}"
+        return evaluate.measure(dataset, split.test, contenders, {}, controls, config.seed)
 
 
 def columns(results, label, draws=1):
     """SW1, energy, r delta, ± their deviation over seeds, and two positions; deviation over draws."""
     values = [evaluate.average(results.values(label, metric), 1).reshape(-1, draws) for metric in METRICS]
     found = {row["metric"]: row for row in evaluate.summarise(results) if row["method"] == label}
-    seeds = [f" ± {evaluate.deviation(value.mean(1)):.3f}" if len(value) > 1 else "" for value in values]
-    cells = [f"{value.mean():.3f}{spread}" for value, spread in zip(values, seeds)]
+    cells = [f"{value.mean():.3f}" + f" ± {evaluate.deviation(value.mean(1)):.3f}" * (len(value) > 1)
+             for value in values]
     positions = [f"{found[metric]['position'] + 0:.2f}" for metric in METRICS[:2]]
-    return cells + positions, [value.std(1, ddof=1).mean() for value in values] if draws > 1 else None
+    between = [f"{name} {value.std(1, ddof=1).mean():.4f}"
+               for name, value in zip(HEADER[1:], values) if draws > 1]
+    return cells + positions, ", ".join(between)
 
 
 def compared(values, first):
@@ -165,19 +156,18 @@ def run(arguments):
             with changed, tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 models = ptrag.train_all(replace(config, **options), Path(folder), dataset, split)
             trained[key] = [*models.values()]
-        results, inputs = measure(trained[key], at_test, draws, config, dataset, split, controls)
-        cells, between = columns(results, "variant", draws)
+        results = measure(trained[key], at_test, draws, config, dataset, split, controls)
         sw1 = evaluate.average(results.values("variant", "sw1"), 0)  # (C,)
-        print_row(label, *cells, "" if first is None else compared(sw1, first), inputs)
+        cells, between = columns(results, "variant", draws)
+        print_row(label, *cells, "" if first is None else compared(sw1, first))
         first = sw1 if first is None else first
         if between:
-            notes.append(f"Standard deviation over {draws} draws of one model: SW1 {between[0]:.4f}, energy "
-                         f"{between[1]:.4f}, r delta {between[2]:.4f}.")
+            notes.append(f"Standard deviation over {draws} draws of one model: {between}.")
         if not more or "pool" in options:
             notes.append(f"{label}: {len(trained[key][0].pool)} genes in the retrieval pool.")
     for label in (evaluate.FLOOR, evaluate.COLLAPSE, evaluate.CEILING):
-        print_row(label, *columns(results, label)[0], "", "")
-    print("\n" + " ".join(dict.fromkeys(notes)))
+        print_row(label, *columns(results, label)[0], "")
+    print("\n" + " ".join(notes))
 
 
 if __name__ == "__main__":

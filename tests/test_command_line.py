@@ -1,9 +1,10 @@
 """The program as its user meets it: options, files of a run, interruption, several processes, prediction."""
+import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields
+from unittest.mock import patch
 
 import h5py
 import numpy as np
@@ -20,18 +22,23 @@ import torch
 from conftest import ROOT, SHARED, data, needs_shared, ptrag, run, table
 import evaluate
 
-TINY = "--hidden 8 --layers 1 --heads 2 --feed-forward 16 --cells 8 --sets 4 --top-k 3 --name m".split()
+SIZES = dict(hidden=8, layers=1, heads=2, feed_forward=16, cells=8, sets=4, top_k=3, name="m")
+TINY = " ".join(f"{ptrag.flag(name)} {size}" for name, size in SIZES.items())
+UNNAMED = TINY.removesuffix(" --name m")
+RESUME = "--resume runs/m"
+load = functools.partial(torch.load, weights_only=True)
 SHORT = "--steps 4 --validate-every 2 --method ptrag,state"
-PREDICT = "--predict GENE003 --cell-line simA --cells 5 --model runs/m -o out.h5ad".split()
+PREDICT = "--predict GENE003 --cell-line simA --cells 5 --model runs/m -o out.h5ad"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, files):
-    """A folder, not to be changed, in which runs/m was made with the options given."""
+    """A folder, not to be changed, in which runs/m was made with the options given, and what was printed."""
     @functools.cache
     def made(options):
         folder = tmp_path_factory.mktemp("made")
-        assert run(folder, *files, *TINY, *options.split()) == 0
+        with open(folder / "printed", "w") as printed, contextlib.redirect_stdout(printed):
+            assert run(folder, *files, TINY, options) == 0
         return folder
     return made
 
@@ -39,19 +46,20 @@ def made(tmp_path_factory, files):
 @pytest.fixture
 def copy(made, tmp_path):
     """A folder, to be changed, with runs/m of two methods."""
-    shutil.copytree(made(SHORT) / "runs/m", tmp_path / "runs/m")
-    return tmp_path
+    return shutil.copytree(made(SHORT) / "runs", tmp_path / "runs").parent
 
 
 @pytest.fixture
 def refused(capfd):
-    """Runs the program, which must end with one printable line that has the words."""
-    def refused(folder, *options, words=(), status=2):
-        capfd.readouterr()
+    """Runs the program, which must end with one printable line that has the words, and with status 2 leave
+    the files of the folder as they were, but for those named as changed."""
+    def refused(folder, *options, words=(), status=2, changed=()):
+        before, _ = contents(folder, changed), capfd.readouterr()
         assert run(folder, *options) == status
         line, rest = capfd.readouterr().err.split("\n")
         assert not rest and line.isprintable() and line.startswith("error: " if status < 100 else "stopped")
         assert all(word in line for word in words), line
+        assert status != 2 or contents(folder, changed) == before
         return line
     return refused
 
@@ -72,16 +80,23 @@ def main(folder, options):
     sys.exit(run(folder, *options))
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+def contents(folder, without=()):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes()
+            for path in folder.rglob("*") if path.name not in without}
 
 
 def same_run(a, b):
+    """The same files, the same bytes in tables, predictions and weights."""
     files, others = contents(a), contents(b)
-    same = [path for path in files if path.suffix in (".csv", ".h5ad") and files[path] == others.get(path)]
-    models, more = (torch.load(folder / "model.pt", weights_only=True)["models"] for folder in (a, b))
-    return (files.keys() == others.keys() and len(same) == 5 and models.keys() == more.keys()
-            and all(torch.equal(x, more[m][name]) for m in models for name, x in models[m].items()))
+    return files.keys() == others.keys() and all(
+        files[path] == others[path] for path in files if re.search("csv|h5ad|model.pt", path.name))
+
+
+def changed_config(folder, **changes):
+    """The config of runs/m with changes, which are written."""
+    path = folder / "runs/m/config.json"
+    path.write_text(json.dumps(config := {**json.loads(path.read_text()), **changes}))
+    return config
 
 
 def matrix(path, key="X"):
@@ -91,7 +106,7 @@ def matrix(path, key="X"):
 
 def test_without_data_all_methods_are_trained_on_a_simulation_that_is_called_so(tmp_path, capsys):
     torch.set_num_threads(2)
-    assert run(tmp_path, *TINY, "--steps", 2, "--max-cells", 12) == 0
+    assert run(tmp_path, TINY, "--steps 2 --max-cells 12") == 0
     printed = capsys.readouterr().out
     assert "simulated" in printed.splitlines()[0] and torch.get_num_threads() == 1  # the demo's --threads
     rows = {line.split()[0] for line in printed.splitlines() if line}
@@ -100,42 +115,38 @@ def test_without_data_all_methods_are_trained_on_a_simulation_that_is_called_so(
     assert re.search(r"step 2/2 .* cells/s +0:00:00 left", printed)
 
 
-def test_a_run_writes_config_log_model_metrics_retrieval_and_predictions(made):
-    folder = made(SHORT) / "runs/m"
-    assert json.loads((folder / "config.json").read_text())["top_k"] == 3
-    log = table(folder / "log.csv")
-    assert [row["method"] + row["step"] for row in log] == [m + s for m in ("ptrag", "state") for s in "1234"]
-    assert [row["validation"] != "" for row in log] == [False, True] * 4  # an empty cell is not a number
-    saved = torch.load(folder / "model.pt", weights_only=True)
-    assert saved["format"] == "model" and set(saved["models"]) == {"ptrag-0", "state-0"}
-    d, split = ptrag.open_data(ptrag.read_config(folder))
-    conditions = {(d.cell_lines[line], d.perturbations[p]) for line, p in split.test}
-    rows = [row for row in table(folder / "metrics.csv") if row["method"] == "ptrag"]
-    assert {(row["cell_line"], row["perturbation"]) for row in rows if float(row["energy"]) > 0} == conditions
-    rows = [row for row in table(folder / "retrieval.csv") if row["candidate"] != row["perturbation"]]
-    assert [0 <= float(row["probability"]) <= 1 for row in rows] == 3 * len(conditions) * [True]
-    with h5py.File(folder / "predictions.h5ad") as file:
-        assert file.attrs["encoding-type"] == "anndata"
-        assert file["X"].shape == (2 * sum(len(d.cells(*c)) for c in split.test), len(d.genes))
-
-
-def test_several_seeds_train_several_models_and_are_shown_with_their_spread(tmp_path, files, capsys):
+def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_and_predictions(made):
     torch.set_num_threads(2)
-    assert run(tmp_path, *files, *TINY, *"--steps 3 --method ptrag --seeds 0,5 --threads 1".split()) == 0
-    printed, folder = capsys.readouterr().out, tmp_path / "runs/m"
+    folder, pairs = made(f"{SHORT} --seeds 0,5 --threads 1"), ["ptrag-0", "state-0", "ptrag-5", "state-5"]
+    printed, folder = (folder / "printed").read_text(), folder / "runs/m"
     assert "seeds 0, 5" in printed and "±" in printed and torch.get_num_threads() == 1
-    assert set(torch.load(folder / "model.pt", weights_only=True)["models"]) == {"ptrag-0", "ptrag-5"}
-    assert {row["seed"] for row in table(folder / "retrieval.csv")} == {"0", "5"}
+    saved, log = load(folder / "model.pt"), table(folder / "log.csv")
+    assert saved["format"] == "model" and [*saved["models"]] == pairs
+    weights = [model["output.weight"] for model in saved["models"].values()]
+    assert not any(map(torch.equal, weights[:2], weights[2:]))  # another seed, other weights
+    steps = [f"{row['method']}-{row['seed']}, {row['step']}" for row in log]
+    assert steps == [f"{pair}, {step}" for pair in pairs for step in "1234"]
+    assert [row["validation"] != "" for row in log] == [False, True] * 8  # an empty cell is not a number
+    d, split = ptrag.open_data(ptrag.read_config(folder))
+    tested = {(s, d.cell_lines[line], d.perturbations[p]) for line, p in split.test for s in "05"}
+    rows = [row for row in table(folder / "metrics.csv") if float(row["energy"]) > 0]
+    keys = [(row["seed"], row["cell_line"], row["perturbation"]) for row in rows if row["method"] == "ptrag"]
+    assert len(keys) == len(tested) and {*keys} == tested
+    rows = [row for row in table(folder / "retrieval.csv") if row["candidate"] != row["perturbation"]]
+    assert [0 <= float(row["probability"]) <= 1 for row in rows] == 3 * len(tested) * [True]
+    assert {row["seed"] for row in rows} == {"0", "5"}
+    cells = 4 * sum(len(d.cells(*condition)) for condition in split.test)
+    assert matrix(folder / "predictions.h5ad").shape == (cells, len(d.genes))
 
 
-@pytest.mark.parametrize("left, step, said", [(3000, 1e-3, ""), (7200, 1e-3, "2.0 hours; less: --steps"),
-                                              (3000, 0.5, "2 threads take"), (3000, 0.5, "--threads 1")])
+@pytest.mark.parametrize("left, step, said", [(3000, 1e-3, []), (7200, 1e-3, ["2.0 hours; less: --steps"]),
+                                              (3000, 0.5, ["2 threads take", "--threads 1"])])
 def test_a_long_run_and_one_that_busy_cores_slow_down_are_told_what_helps(left, step, said, capsys):
     torch.set_num_threads(2)
     ptrag.advise(left, step, lambda: time.sleep(0.01), torch.device("cpu"))
-    printed = capsys.readouterr().out
-    assert said in printed and bool(said) == bool(printed) and torch.get_num_threads() == 2
+    printed, threads = capsys.readouterr().out, torch.get_num_threads()
     torch.set_num_threads(1)
+    assert threads == 2 and bool(said) == bool(printed) and all(words in printed for words in said)
 
 
 @pytest.mark.parametrize("options", [
@@ -148,22 +159,22 @@ def test_each_variant_of_the_method_runs_and_changes_the_predictions(made, optio
 
 
 def test_a_pool_for_test_time_is_used_and_kept_and_hard_negatives_are_its_least_similar_genes(made):
-    options = ("", " --test-pool full", " --test-pool full --hard-negatives 0.6")
-    plain, full, hard = (made(f"--method ptrag --steps 3{option}") for option in options)
-    d, split = ptrag.open_data(ptrag.read_config(plain / "runs/m"))
-    model, training = ptrag.load(full / "runs/m"), {d.perturbations[p] for _, p in split.train}
+    folders = [made(f"--method ptrag --steps 3{option}") / "runs/m" for option in (
+        "", " --test-pool full", " --test-pool full --hard-negatives 0.6")]
+    logs, rows = ([table(folder / name) for folder in folders] for name in ("log.csv", "retrieval.csv"))
+    assert logs[0] == logs[1]  # training has a pool of its own
+    d, split = ptrag.open_data(ptrag.read_config(folders[0]))
+    training, model = {d.perturbations[p] for _, p in split.train}, ptrag.load(folders[1])
+    assert [{row["candidate"] for row in found} <= training for found in rows[:2]] == [True, False]
+    assert model.pool.tolist() == [*range(1, len(d.perturbations))]
     order, _ = ptrag.retrieve(model.embeddings, model.pool, len(model.pool) - 1)
-    assert table(plain / "runs/m/log.csv") == table(full / "runs/m/log.csv")  # training has a pool of its own
-    rows = [table(folder / "runs/m/retrieval.csv") for folder in (plain, full, hard)]
-    assert {row["candidate"] for row in rows[0]} <= training
-    assert not {row["candidate"] for row in rows[1]} <= training
-    for near, far in zip(rows[1], rows[2]):  # round(0.6 * 3) = 2 of 3 give way
-        best = [model.perturbations[i] for i in order[model.perturbations.index(near["perturbation"])]]
-        assert near["candidate"] == best[int(near["rank"]) - 1]
-        assert far["candidate"] == (best[-1], best[-2], best[2])[int(far["rank"]) - 1]
-    assert run(full, *PREDICT) == 0
-    used = matrix(full / "out.h5ad", "uns/neighbours/GENE003/candidates")
-    assert used.tolist() == [model.perturbations[i].encode() for i in order[3, :3]]  # GENE003 is number 3
+    for near, far in zip(*rows[1:], strict=True):  # round(0.6 * 3) = 2 of 3 give way
+        best = [d.perturbations[i] for i in order[d.perturbations.index(near["perturbation"])]]
+        rank = int(near["rank"]) - 1
+        assert (near["candidate"], far["candidate"]) == (best[rank], best[(-1, -2, 2)[rank]])
+    assert run(folders[1].parents[1], PREDICT) == 0
+    used = matrix(folders[1].parents[1] / "out.h5ad", "uns/neighbours/GENE003/candidates")
+    assert used.tolist() == [d.perturbations[i].encode() for i in order[3, :3]]  # GENE003 is number 3
 
 
 PAPER = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forward=2784, causal=True,
@@ -171,20 +182,17 @@ PAPER = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forwar
              steps=50_001, validate_every=2000, sparsity=1.0, pool="train", test_pool="full")
 
 
-@pytest.mark.parametrize("preset, own", [
-    ("cell-line", dict(top_k=32, sparsity=0.1, pool="full", test_pool="")), ("perturbation", dict(top_k=128)),
-    ("norman", dict(top_k=16, steps=10_001, validate_every=500)), ("controls", dict(top_k=32))])
-def test_a_preset_is_a_published_experiment_and_options_win(tmp_path, files, monkeypatch, preset, own):
-    configs, command = [], [*files, "--method", "ptrag", "--preset", f"paper-{preset}"]
-    with monkeypatch.context() as patched:
-        patched.setattr(ptrag, "run_training", lambda config, folder=None: configs.append(asdict(config)))
-        assert run(tmp_path, *command) == 0
-    assert {**configs[0], **PAPER, **own} == configs[0]
-    assert run(tmp_path, *command, *TINY, "--steps", 1) == 0
-    won = {name.replace("-", "_"): value for name, value in re.findall(r"--(\S+) (\S+)", " ".join(TINY))}
+@pytest.mark.parametrize("preset, own", {
+    "paper-cell-line": dict(top_k=32, sparsity=0.1, pool="full", test_pool=""),
+    "paper-perturbation": dict(top_k=128), "paper-controls": dict(top_k=32),
+    "paper-norman": dict(top_k=16, steps=10_001, validate_every=500)}.items())
+def test_a_preset_is_a_published_experiment_and_options_win(tmp_path, files, preset, own):
+    command = [*files, "--method", "ptrag", "--preset", preset]
+    published = ptrag.Config("ptrag", data=files[1], genept=files[3], preset=preset, **{**PAPER, **own})
+    assert ptrag.configure(command)[0] == published
+    assert run(tmp_path, *command, TINY, "--steps 1") == 0
     config = json.loads((tmp_path / "runs/m/config.json").read_text())
-    assert {name for name, value in config.items() if value != configs[0][name]} == {*won, "steps"}
-    assert config["steps"] == 1 and all(str(config[name]) == value for name, value in won.items())
+    assert config == {**asdict(published), **SIZES, "steps": 1}
 
 
 @needs_shared
@@ -192,8 +200,7 @@ def test_a_preset_is_a_published_experiment_and_options_win(tmp_path, files, mon
     ("norman_mcfaline_4lines", "cell-line:a172"), ("papalexi_thp1", "perturbation:0")])
 def test_real_cells_train_and_print_the_table(tmp_path, capsys, name, split):
     files = ["--data", SHARED / f"data/{name}.h5ad", "--genept", SHARED / "data/go_embeddings.npz"]
-    options = "--top-k 4 --steps 2 --max-cells 20 --split".split()
-    assert run(tmp_path, *TINY[:-2], *files, *options, split) == 0
+    assert run(tmp_path, *files, UNNAMED, "--steps 2 --max-cells 20 --split", split) == 0
     printed = capsys.readouterr().out
     assert "ptrag" in printed and "simulated" not in printed
     assert os.listdir(tmp_path / "runs") == [f"{name}-1"]
@@ -203,16 +210,15 @@ def test_real_cells_train_and_print_the_table(tmp_path, capsys, name, split):
     ("--steps 1 --lr 1e38 --method state-genept", ["finite"]),
     ("--steps 50 --lr 1e30 --method ptrag --checkpoint-every 1", ["step", "condition sim", "checkpoint-"])])
 def test_numbers_that_are_not_finite_end_a_run(tmp_path, files, refused, options, words):
-    refused(tmp_path, *files, *TINY, *options.split(), words=words, status=1)
+    refused(tmp_path, *files, TINY, options, words=words, status=1)
     assert not (tmp_path / "runs/m/predictions.h5ad").exists()
     for checkpoint in tmp_path.glob("runs/m/checkpoint-ptrag-0.pt"):  # it is the last good one
-        saved = torch.load(checkpoint, weights_only=True)
-        assert all(torch.isfinite(weights).all() for weights in saved["model"].values())
+        assert all(torch.isfinite(weights).all() for weights in load(checkpoint)["model"].values())
 
 
 def test_runs_started_together_and_read_by_nobody_are_alike_and_share_no_folder(tmp_path, files, refused):
-    options = [*files, *TINY[:-2], *"--steps 5 --method ptrag --seed 7".split()]
-    processes = [start(tmp_path, *options, *name) for name in (["--name", "one"], ["--name", "one"], [], [])]
+    options = [*files, UNNAMED, "--steps 5 --method ptrag --seed 7"]
+    processes = [start(tmp_path, *options, *name) for name in (["--name one"], ["--name one"], [], [])]
     for process in processes:
         process.join()
     assert sorted(process.exitcode for process in processes) == [0, 0, 0, 2] and processes[2].exitcode == 0
@@ -220,37 +226,32 @@ def test_runs_started_together_and_read_by_nobody_are_alike_and_share_no_folder(
     configs = [(folder / "config.json").read_text().replace(folder.name, "") for folder in folders]
     assert [folder.name for folder in folders] == ["one", "small-1", "small-2"] and configs[1] == configs[2]
     assert same_run(folders[0], folders[1]) and same_run(folders[1], folders[2])
-    refused(tmp_path, *options, "--name", "one", words=["runs/one", "--resume"])
+    refused(tmp_path, *options, "--name one", words=["runs/one", "--resume"])
     with data.locked(folders[0]):
-        refused(tmp_path, "--resume", "runs/one", words=["runs/one", "another process"])
+        refused(tmp_path, "--resume runs/one", words=["runs/one", "another process"])
 
 
-def test_after_sigterm_and_twenty_kills_a_run_ends_bit_identical_to_an_undisturbed_one(tmp_path, files):
-    options = [*files, *TINY, *"--steps 300 --checkpoint-every 10 --method state,ptrag".split()]
-    whole, killed, rng, reached = tmp_path / "whole", tmp_path / "killed", random.Random(0), {}
-    whole.mkdir(), killed.mkdir()
-    assert run(whole, *options) == 0
-    process = start(killed, *options)
-    while not (killed / "runs/m/checkpoint-state-0.pt").exists():
+def test_after_sigterm_and_twenty_kills_a_run_ends_bit_identical_to_an_undisturbed_one(tmp_path, made, files):
+    whole, reached = made(options := "--steps 300 --checkpoint-every 10 --method state,ptrag"), {}
+    process = start(tmp_path, *files, TINY, options)
+    while not (tmp_path / "runs/m/checkpoint-state-0.pt").exists():
         time.sleep(0.01)
     process.terminate()
     process.join()
-    assert process.exitcode == 130 and not (killed / "runs/m/model.pt").exists()
-    assert (killed / "stderr").read_text() == "stopped; python ptrag.py --resume runs/m continues\n"
-    for _ in range(20):
-        process = start(killed, "--resume", "runs/m")
-        process.join(rng.uniform(0.02, 0.25))
+    assert process.exitcode == 130 and not (tmp_path / "runs/m/model.pt").exists()
+    assert (tmp_path / "stderr").read_text() == "stopped; python ptrag.py --resume runs/m continues\n"
+    for seconds in np.random.default_rng(0).uniform(0.02, 0.25, 20):
+        process = start(tmp_path, RESUME)
+        process.join(seconds)
         process.kill()
         process.join()
-        for path in killed.glob("runs/m/*.pt"):
-            step = torch.load(path, weights_only=True).get("step", 0)
-            assert step >= reached.get(path, 0)
-            reached[path] = step
-        for path in killed.glob("runs/m/*.csv"):
-            assert not table(path) or None not in table(path)[-1].values()
-    (killed / "runs/m/.model.pt.tmp").write_bytes(bytes(10 ** 6))
-    assert run(killed, "--resume", "runs/m") == 0
-    assert same_run(whole / "runs/m", killed / "runs/m")  # all rows of the log, no temporary file
+        steps = {path: load(path).get("step", 0) for path in tmp_path.glob("runs/m/*.pt")}
+        assert all(steps[path] >= step for path, step in reached.items())
+        reached = steps
+        rows = [row for path in tmp_path.glob("runs/m/*.csv") for row in table(path)]
+        assert all(None not in row.values() for row in rows)
+    assert run(tmp_path, RESUME) == 0
+    assert same_run(whole / "runs/m", tmp_path / "runs/m")  # all rows of the log, no temporary file
 
 
 @pytest.mark.parametrize("owner, name, call, signals, step", [
@@ -259,71 +260,60 @@ def test_after_sigterm_and_twenty_kills_a_run_ends_bit_identical_to_an_undisturb
     (ptrag, "validate", 1, [signal.SIGINT] * 2, 0), (ptrag, "validate", 2, [signal.SIGTERM] * 2, 0),
     (ptrag, "predict", 1, [signal.SIGINT], 4), (evaluate, "measure", 1, [signal.SIGTERM], 4)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume_and_a_second_stops_at_once(
-        tmp_path, files, made, refused, monkeypatch, owner, name, call, signals, step):
-    calls, function = [], getattr(owner, name)
+        tmp_path, files, made, refused, owner, name, call, signals, step):
+    calls, function = itertools.count(1), getattr(owner, name)
 
     def signalled(*arguments, **options):
-        calls.append(name)
-        for number in signals if len(calls) == call else ():
+        for number in signals if next(calls) == call else ():
             signal.raise_signal(number)
         return function(*arguments, **options)
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, signalled)
-        said = ["python ptrag.py --resume runs/m"] * (step > 0)  # where a checkpoint is
-        refused(tmp_path, *files, *TINY, *SHORT.split(), words=said, status=130)
-    saved = [torch.load(path, weights_only=True) for path in tmp_path.glob("runs/m/checkpoint-ptrag-0.pt")]
+    with patch.object(owner, name, signalled):
+        said = [f"python ptrag.py {RESUME}"] * (step > 0)  # where a checkpoint is
+        refused(tmp_path, *files, TINY, SHORT, words=said, status=130)
+    saved = [*map(load, tmp_path.glob("runs/m/checkpoint-ptrag-0.pt"))]
     assert [(file["format"], file["step"]) for file in saved] == [("checkpoint", step)] * (step > 0)
-    assert run(tmp_path, "--resume", "runs/m") == 0
+    assert run(tmp_path, RESUME) == 0
     assert same_run(tmp_path / "runs/m", made(SHORT) / "runs/m")
 
 
-def test_a_run_resumes_with_more_steps_but_not_with_other_options_or_data(copy, files, refused):
-    refused(copy, "--resume", "runs/m", "--hidden", 16, words=["--hidden 8 -> 16"])
-    refused(copy, "--resume", "runs/m", "--steps", 2, words=["--steps 4"])
-    assert run(copy, "--resume", "runs/m", "--steps", 6) == 0
+def test_a_run_resumes_with_more_steps_but_not_with_other_data(copy, files, refused):
+    assert run(copy, RESUME, "--steps 6") == 0
     log = [row["method"] + row["step"] for row in table(copy / "runs/m/log.csv")]
     assert log == [method + step for method in ("ptrag", "state") for step in "123456"]
-    path = copy / "runs/m/config.json"
-    config = json.loads(path.read_text())
-    assert config["steps"] == 6
     with h5py.File(shutil.copy(files[1], copy / "other.h5ad"), "r+") as file:  # other cells, same names
         file["X"][:] = np.roll(file["X"][:], 1, axis=0)
     for name, device, said in ((files[1], "cuda:99", "cuda:99"), ("other.h5ad", "cpu", "other data")):
-        path.write_text(json.dumps({**config, "data": name}))
-        refused(copy, "--resume", "runs/m", "--steps", 8, "--device", device, words=[said])
-        assert json.loads(path.read_text()) == {**config, "data": name}  # written once it is known to work
+        assert changed_config(copy, data=name)["steps"] == 6
+        refused(copy, RESUME, "--steps 8 --device", device, words=[said])
 
 
-@pytest.mark.parametrize("size, options, word", [
-    (500, None, "runs/m"), (6_000, ["--resume", "runs/m", "--steps", 5], "checkpoint-ptrag-0.pt"),
-    (60_000, ["--resume", "runs/m"], "predictions.h5ad"), (5_000, PREDICT, "out.h5ad")])
-def test_a_full_disk_is_one_line_and_keeps_what_was_saved(copy, files, refused, size, options, word):
+@pytest.mark.parametrize("size, options, word, changed", [
+    (500, f"{TINY} --name new --steps 2 --method state", "runs/new", ["new", ".lock"]), (5_000, PREDICT, "out.h5ad", []),
+    (6_000, f"{RESUME} --steps 5", "checkpoint-ptrag-0.pt", ["config.json", "log.csv"]),
+    (60_000, RESUME, "predictions.h5ad", [])])
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(copy, refused, size, options, word, changed):
     resource = pytest.importorskip("resource")
-    if not options:
-        shutil.rmtree(copy / "runs/m")
-    before, limits = contents(copy), resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        refused(copy, *(options or [*files, *TINY]), words=[word])
+        refused(copy, options, words=[word], changed=changed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    after = contents(copy)
-    assert after.keys() == before.keys() and all(after[p] == before[p] for p in after if p.name == word)
+    assert run(copy, options) == 0  # with room it works, under the same name
 
 
-def test_torchrun_with_two_processes_trains_what_one_process_trains_and_one_of_them_writes(tmp_path, files):
-    options = "--steps 4 --method state-genept,ptrag --device cpu --group-cells 8 --name".split()
+def test_torchrun_with_two_processes_trains_what_one_process_trains_and_one_writes(tmp_path, made, files):
+    options = "--steps 4 --method state-genept,ptrag --device cpu --group-cells 8"
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    assert run(tmp_path, *files, *TINY, *options, "one") == 0
-    command = [sys.executable, *torchrun, ROOT / "ptrag.py", *files, *TINY, *options, "two"]
+    command = [sys.executable, *torchrun, ROOT / "ptrag.py", *files, *TINY.split(), *options.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not re.search("Traceback|terminate|abort", done.stderr), done.stderr
     assert done.stdout.count("conditions train") == 1
-    folders = [tmp_path / "runs/one", tmp_path / "runs/two"]
+    folders = [folder / "runs/m" for folder in (made(options), tmp_path)]
     for name in ("checkpoint-state-genept-0.pt", "checkpoint-ptrag-0.pt"):  # with ptrag's dropout and noise
-        one, two = (torch.load(folder / name, weights_only=True) for folder in folders)
-        assert all(torch.allclose(x, two["model"][key], atol=1e-5) for key, x in one["model"].items())
+        one, two = (load(folder / name) for folder in folders)
+        torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-5)
         for key, state in one["optimizer"]["state"].items():  # the gradients, as Adam averages them
             x, y = state["exp_avg"], two["optimizer"]["state"][key]["exp_avg"]
             assert torch.allclose(x, y, rtol=1e-4, atol=1e-6 * x.abs().max().item())
@@ -333,9 +323,9 @@ def test_torchrun_with_two_processes_trains_what_one_process_trains_and_one_of_t
 
 def test_predict_writes_genes_perturbed_in_the_data_or_not_and_names_what_changes(made, simulated, capsys):
     new = next(gene for gene in simulated.embedding_genes if gene not in simulated.perturbations)
-    folder, options = made(SHORT), ["--predict", f"GENE003,{new}", "--cell-line", "SIMb", "--cells", 30]
-    assert run(folder, *PREDICT, *options) == 0
-    printed, file = capsys.readouterr().out, folder / "out.h5ad"
+    file = made(SHORT) / "out.h5ad"
+    assert run(file.parent, PREDICT, f"--predict GENE003,{new} --cell-line SIMb --cells 30") == 0
+    printed = capsys.readouterr().out
     assert f"{new} in simB" in printed and "in its test ptrag stood at" in printed
     assert printed.count("changes most") == printed.count("neighbours used") == 2
     obs = data.read_obs(file, ["control_cell", "perturbation", "cell_line"])
@@ -343,84 +333,60 @@ def test_predict_writes_genes_perturbed_in_the_data_or_not_and_names_what_change
     controls = simulated.expression[obs["control_cell"].astype(int)]
     assert matrix(file).shape == (60, 30) and np.array_equal(matrix(file, "layers/control"), controls)
     assert len(matrix(file, f"uns/neighbours/{new}/candidates")) == 3
-
-    model = ptrag.load(folder / "runs/m")  # the same in four lines of Python
-    prediction = ptrag.predict(model, simulated.expression[simulated.cells(0, 0)], "GENE002")
-    neighbours = ptrag.used_candidates(model, "GENE002", prediction.probability)
-    assert prediction.cells.shape == (40, 30) and (prediction.cells >= 0).all()
-    assert len(neighbours["candidates"]) == 3 and "GENE002" not in neighbours["candidates"]
-
-
-def test_predict_takes_a_selection_all_genes_another_method_but_no_options_of_training(made, refused):
-    folder, cells = made(SHORT), set()
+    cells = set()
     for select in ("expected", "threshold", "sample"):
-        assert run(folder, *PREDICT, "--cells", 20, "--select", select) == 0
-        cells.add(matrix(folder / "out.h5ad").tobytes())
+        assert run(file.parent, PREDICT, "--cells 20 --select", select) == 0
+        cells.add(matrix(file).tobytes())
     assert len(cells) == 3
-    assert run(folder, *PREDICT, "--predict", "all", "--method", "state") == 0
-    assert len(matrix(folder / "out.h5ad")) == 14 * 5
-    refused(folder, *PREDICT, "--steps", 10, words=["--steps"])
-    refused(folder, *PREDICT, "--predict", "gene0003", words=["GENE003"])  # near names answer
-    for line in ("simX", ""):
-        refused(folder, *PREDICT, "--cell-line", line, words=["simA, simB"])
-    for option in ("--predict", "--cell-line", "--model", "-o", "--method", "--data", "--genept"):
-        refused(folder, *PREDICT, option, "nul\0\r\x1b[31m.h5ad")
+    assert run(file.parent, PREDICT, "--predict all --method state") == 0
+    assert len(matrix(file)) == 14 * 5
 
 
 def test_controls_of_a_new_file_are_aligned_by_gene_when_the_old_has_gone(copy, simulated, refused, capfd):
-    d, rows, path = simulated, simulated.cells(0, 0), copy / "runs/m/config.json"
-    gone = {"data": "gone.h5", "genept": "gone.npz", "device": "cuda"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **gone}))
-    command = [*PREDICT, *"--data new.h5ad --device cpu --cells 40 --cell-line".split(), ""]  # the only one
-    shuffled = np.random.default_rng(0).permutation(len(d.genes))
+    d, rows, shuffled = simulated, simulated.cells(0, 0), np.random.default_rng(0).permutation(30)
+    changed_config(copy, data="gone.h5", genept="gone.npz", device="cuda")
+    command = f"{PREDICT} --data new.h5ad --device cpu --cells 40 --cell-line "  # the only one
     obs = {"gene": ["ctrl"] * 40, "cell_line": ["new"] * 40}
     for kept in (30, 28, 10):
-        columns, missing = shuffled[:kept], [d.genes[i] for i in shuffled[kept:]]
+        columns, missing = shuffled[:kept], {d.genes[i] for i in shuffled[kept:]}
         cells, genes = d.expression[rows][:, columns], [d.genes[i] for i in columns]
         data.write_anndata(copy / "new.h5ad", genes, obs, [(slice(None), {"X": cells})], 40)
         if kept > 10:
-            assert run(copy, *command) == 0
-            assert set(missing) <= set(re.findall(r"\w+", capfd.readouterr().out))
+            assert run(copy, command) == 0
+            assert missing <= set(re.findall(r"\w+", capfd.readouterr().out))
             assert np.allclose(matrix(copy / "out.h5ad", "layers/control")[:, columns], cells)
-    refused(copy, *command)
+    refused(copy, command)
     (copy / "runs/m/model.pt").unlink()
-    refused(copy, *PREDICT, words=["model.pt", "--resume runs/m finishes"])
+    refused(copy, PREDICT, words=["model.pt", f"{RESUME} finishes"])
 
 
 def test_a_prediction_is_not_written_over_what_it_is_made_from(copy, files, refused):
-    names, path = [str(shutil.copy(files[i], copy)) for i in (1, 3)], copy / "runs/m/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "data": names[0], "genept": names[1]}))
+    names = [str(shutil.copy(files[i], copy)) for i in (1, 3)]
+    changed_config(copy, data=names[0], genept=names[1])
     os.link(names[0], copy / "link.h5ad")
     (copy / "device").symlink_to(os.devnull)
-    before = contents(copy)
     for output in (*names, "link.h5ad", "runs/m/model.pt", "runs/m/config.json", "runs/m", "device"):
-        refused(copy, *PREDICT, "-o", output, words=[output])
-        refused(copy, *PREDICT, "-o", output, "--data", names[0], "--genept", names[1], words=[output])
-    assert contents(copy) == before
+        for given in ("", f" --data {names[0]} --genept {names[1]}"):
+            refused(copy, f"{PREDICT} -o {output}{given}", words=[output])
 
 
-WRONG = {  # one value for every field that cannot be used
-    "data": "missing.h5ad", "genept": "missing.npz", "split": "cell_line:simA",
-    "perturbation_column": "nothing", "cell_line_column": "nothing", "batch_column": "nothing",
-    "control": "nothing", "hvg": "1", "seeds": "0,x", "method": "ptrga", "top_k": "0", "pool": "trian",
-    "test_pool": "all", "candidates": "best", "lr": "nan", "select": "expect", "preset": "paper",
-    "temperature": "0", "sparsity": "-1", "hard_negatives": "1.5", "hidden": "0", "layers": "two",
-    "heads": "0", "head_dim": "0", "feed_forward": "0", "dropout": "1", "cells": "0", "sets": "0",
-    "steps": "0", "clip": "0", "validate_every": "0", "group_cells": "-1", "seed": "-1", "device": "gpu",
-    "threads": "-1", "name": "a/b", "resume": "nowhere", "checkpoint_every": "0", "max_cells": "1",
-    "predict": "GENE003", "cell_line": "simA", "model": "nowhere", "output": "nowhere/out.h5ad"}
+WRONG = dict(  # for fields where "0", "maybe" (a switch) or "nowhere" (a text) would not be a near miss
+    method="ptrga", split="cell_line:simA", pool="trian", select="expect", preset="paper", seeds="0,x",
+    data="missing.h5ad", genept="missing.npz", name="a/b", output="nowhere/out.h5ad", lr="nan", layers="two",
+    dropout="1", hard_negatives="1.5", hvg="1", max_cells="1", sparsity="-1", group_cells="-1", seed="-1",
+    threads="-1")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(ptrag.Config)])
-def test_a_wrong_value_of_every_option_is_one_clear_line_and_exit_status_2(name, tmp_path, files, refused):
-    flag, value = f"--{name.replace('_', '-')}", WRONG.get(name, "maybe")
-    given = [] if name in ("resume", "predict", "model", "cell_line", "output") else [*files, *TINY]
-    given = {"data": TINY, "genept": [*TINY, *files[:2]]}.get(name, given)
-    whole = type(getattr(ptrag.Config, name)) is int and name != "group_cells"
+@pytest.mark.parametrize("field", fields(ptrag.Config), ids=lambda field: field.name)
+def test_a_wrong_value_of_every_option_is_one_clear_line_and_exit_status_2(field, tmp_path, files, refused):
+    name, flag, kind = field.name, ptrag.flag(field.name), type(field.default)
+    value = WRONG.get(name, {str: "nowhere", bool: "maybe"}.get(kind, "0"))
+    given = [] if name in ("resume", "predict", "model", "cell_line", "output") else [*files, TINY]
+    given = {"data": [TINY], "genept": [TINY, *files[:2]]}.get(name, given)
+    whole = kind is int and name != "group_cells"
     for wrong in [value, f"{value}\n\x1b[31mred", *["10000000000", "1e10", "²"][:3 * whole]]:
-        line = refused(tmp_path, *given, *([flag, wrong] if name in WRONG else [f"{flag}={wrong}"]))
+        line = refused(tmp_path, *given, f"{flag}={wrong}" if kind is bool else f"{flag} {wrong}")
         assert flag in line or value in line
-    assert not (tmp_path / "runs").exists()  # refused before anything is written
 
 
 @pytest.mark.parametrize("options, said", [
@@ -431,43 +397,43 @@ def test_a_wrong_value_of_every_option_is_one_clear_line_and_exit_status_2(name,
     ("--device cuda:", "cuda:"), ("--device cuda:²", "²"), ("--seeds 10000000000", "--seeds"),
     ("--top-k 80 --steps 2 --test-pool trainval", "--top-k 80"), ("--rotary --head-dim 5", "even"),
     ("--name ..", "--name"), ("--name " + 300 * "x", "xxx"), ("--name nul\0", "--name"),
-    ("--data nul\0.h5", "nul"), ("--resume nul\0", "nul")])
-def test_wrong_combinations_say_what_to_do_before_anything_is_written(options, said, tmp_path, refused):
-    refused(tmp_path, *options.split(" "), words=[said])
-    assert not list(tmp_path.glob("runs/*"))
+    ("--data nul\0.h5", "nul"), ("--resume nul\0", "nul"), (f"{RESUME} --hidden 16", "--hidden 8 -> 16"),
+    (f"{RESUME} --steps 2", "--steps 4"), (f"{PREDICT} --steps 10", "--steps"),
+    (f"{PREDICT} --predict gene0003", "GENE003"), (f"{PREDICT} --cell-line simX", "simA, simB"),
+    (f"{PREDICT} --cell-line ", "simA, simB"), *[
+        (f"{PREDICT} {option} nul\0\r\x1b[31m.h5ad", "nul")
+        for option in ("--predict", "--cell-line", "--model", "-o", "--method", "--data", "--genept")]])
+def test_wrong_combinations_say_what_to_do_before_anything_is_written(options, said, copy, refused):
+    refused(copy, options, words=[said])
 
 
-@pytest.mark.parametrize("damage", "weight name directory half short empty pickle format".split())
 @pytest.mark.parametrize("file, other, command", [
     ("model.pt", "checkpoint-state-0.pt", PREDICT),
-    ("checkpoint-state-0.pt", "model.pt", ["--resume", "runs/m", "--steps", "9"])])
-def test_a_damaged_or_foreign_model_or_checkpoint_is_refused_and_runs_nothing(
-        copy, refused, file, other, command, damage):
+    ("checkpoint-state-0.pt", "model.pt", f"{RESUME} --steps 9")])
+def test_a_damaged_or_foreign_model_or_checkpoint_is_refused_and_not_run(copy, refused, file, other, command):
     path = copy / "runs/m" / file
-    raw, saved = path.read_bytes(), torch.load(path, weights_only=True)
-    weight = saved.get("model", saved.get("models", {}).get("state-0"))["output.weight"].numpy().tobytes()
-    place = raw.rindex({"name": b"output.weight", "directory": b"PK\1\2"}.get(damage, weight[:40]))
-    flipped = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1:]
-    whole = {"empty": b"", "half": raw[:len(raw) // 2], "short": raw[:-10],
-             "pickle": b"cos\nsystem\n(S'touch attacked'\ntR.", "format": (path.parent / other).read_bytes()}
-    path.write_bytes(whole.get(damage, flipped))
-    before = contents(copy)
-    refused(copy, *command, words=[file])
-    assert contents(copy) == before
+    raw, saved, system = path.read_bytes(), load(path), b"cos\nsystem\n(S'touch attacked'\ntR."
+    damaged = [b"", raw[:len(raw) // 2], raw[:-10], system, (path.parent / other).read_bytes()]
+    weights = saved.get("model", saved.get("models", {}).get("state-0"))
+    for some in (weights["output.weight"].numpy().tobytes()[:40], b"output.weight", b"PK\1\2"):  # a bit of it
+        before, _, after = raw.rpartition(some)
+        damaged.append(before + bytes([some[0] ^ 1]) + some[1:] + after)
+    for content in damaged:
+        path.write_bytes(content)
+        refused(copy, command, words=[file])
 
 
 def test_a_config_that_is_damaged_or_contradicts_the_model_is_refused(copy, refused):
-    path = copy / "runs/m/config.json"
-    config = json.loads(path.read_text())
-    texts = ["", "[]", "null", "{", "7", "\xff", "[" * 100_000, json.dumps({**config, "unknown": 1})]
+    path, config = copy / "runs/m/config.json", changed_config(copy)
+    texts = ["", "[]", "null", "{", "7", "\xff", "[" * 100_000]
+    changes = [{"unknown": 1}, {"hidden": 16}, {"layers": 2}, {"batch_covariate": True}]  # not as trained
     for name, value in config.items():
         wrong = {"a": 1}, None, [value], float("nan"), not value, 1 if isinstance(value, str) else str(value)
-        texts += [json.dumps({**config, name: other}) for other in wrong if type(other) is not type(value)]
-    changes = ({"hidden": 16}, {"layers": 2}, {"batch_covariate": True})  # not what it was trained with
+        changes += [{name: other} for other in wrong if type(other) is not type(value)]
     for text in [*texts, *(json.dumps({**config, **change}) for change in changes)]:
         path.write_text(text, encoding="latin-1")
-        for command in (["--resume", "runs/m", "--steps", 9], PREDICT):
-            refused(copy, *command, words=["runs/m/config.json"])
+        for command in (f"{RESUME} --steps 9", PREDICT):
+            refused(copy, command, words=["runs/m/config.json"], changed=["config.json"])
 
 
 def test_help_lists_every_option_with_a_line_in_groups(capsys, monkeypatch):

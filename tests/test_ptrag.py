@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import selected
 from conftest import SMALL, small_model, table
 
 import data
@@ -20,16 +21,14 @@ def the_same_random_numbers_in_any_order_of_tests():
     torch.manual_seed(0)
 
 
-def random_sets(B=3, S=8, G=20, P=12):
+def random_sets(B=3, S=8):
     """Control cells (B, S, G), perturbations (B,) and gem groups (B, S) for a small model."""
-    torch.manual_seed(1)
-    return torch.rand(B, S, G) * 3, torch.randint(1, P, (B,)), torch.randint(0, 3, (B, S))
+    return torch.rand(B, S, 20) * 3, torch.randint(1, 12, (B,)), torch.randint(0, 3, (B, S))
 
 
-def pairs(B, S, K, h):
-    """Cells (B, S, h), queries (B, h) and candidates (B, K, h) for a selector."""
-    torch.manual_seed(B + S + K)
-    return torch.randn(B, S, h) + 0.5, torch.randn(B, h) - 0.3, torch.randn(B, K, h)
+def pairs(S, K, h):
+    """Cells (1, S, h), a query (1, h) and candidates (1, K, h) for a selector."""
+    return torch.randn(1, S, h) + 0.5, torch.randn(1, h) - 0.3, torch.randn(1, K, h)
 
 
 # ---- Stage 1 ------------------------------------------------------------------------------------
@@ -39,8 +38,9 @@ def test_retrieval_orders_the_pool_by_cosine_similarity_and_ties_go_to_the_lower
     candidates, similarity = ptrag.retrieve(embeddings, torch.arange(1, 6), 3)
     assert candidates[1].tolist() == [2, 3, 4]
     assert similarity[1].tolist() == pytest.approx([10 / math.sqrt(101), 1 / math.sqrt(2), 0.0], abs=1e-6)
-    embeddings = torch.randn(1, 32).repeat(9, 1) * torch.arange(1, 10)[:, None]  # one direction, nine lengths
-    assert ptrag.retrieve(embeddings, torch.arange(9), 4)[0][[0, 8]].tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    embeddings = torch.randn(1, 32) * torch.arange(1, 1101)[:, None]  # one direction, more than fit one block
+    candidates, _ = ptrag.retrieve(embeddings, torch.arange(1100), 4)
+    assert candidates[[0, 2, 1099]].tolist() == [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("how", ["nearest", "random", "least"])
@@ -77,36 +77,17 @@ def test_hard_negatives_replace_the_most_similar_candidates_by_the_least_similar
 
 # ---- Stage 2 ------------------------------------------------------------------------------------
 
-def plain_selection(selector, cell, query, candidate, noise):
-    """Section 3.2 as written: every z_sk is built, normalised, mapped; 0 or 1 with the soft gradient."""
-    shape = (*cell.shape[:2], candidate.shape[1], cell.shape[2])
-    parts = cell[:, :, None], query[:, None, None], candidate[:, None]
-    z = selector.norm(torch.cat([part.expand(shape) for part in parts], -1))  # (B, S, K, 3h)
-    logits = selector.score_out(F.gelu(selector.score_in(z)))  # (B, S, K, 2)
-    logits = torch.stack([of_set / of_set.std().clamp(min=1e-6) for of_set in logits])
-    soft = torch.softmax((logits + noise) / selector.temperature, -1)
-    weights = (F.one_hot(soft.argmax(-1), 2).float() + soft - soft.detach())[..., 1]
-    return (weights[..., None] * selector.value(z)).sum(2), (weights, logits)
-
-
 @pytest.mark.parametrize("B, S, K, h", [
     (1, 1, 1, 4), (2, 5, 3, 8), (3, 16, 7, 32), (1, 64, 32, 128), (9, 64, 16, 64)])
 def test_separated_selection_equals_the_plain_form_in_value_and_gradient(B, S, K, h):
-    inputs, selector, outcome = pairs(B, S, K, h), ptrag.Selector(h).eval(), []
-    torch.nn.init.normal_(selector.norm.weight, 1.0, 0.3)
-    torch.nn.init.normal_(selector.norm.bias, 0.0, 0.3)
-    noise = ptrag.gumbel_noise((B, S, K, 2))
-    for form in (lambda *given: selector(*given, "sample", noise),
-                 lambda *given: plain_selection(selector, *given, noise)):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        selector.zero_grad()
-        context, (weights, logits, *_) = form(*leaves)
-        ((context * torch.linspace(-1, 1, h)).sum() + weights.abs().mean()).backward()
-        outcome.append([context, weights, logits, *(x.grad for x in (*leaves, *selector.parameters()))])
-    if S * K > 1:  # two logits alone have a gradient of rounding only
-        for ours, oracle in zip(*outcome):
-            assert (ours - oracle).abs().max() <= 2e-5 * oracle.abs().max().clamp(min=1e-3)
-    assert torch.allclose(outcome[0][0], outcome[1][0], atol=1e-5)
+    model, perturbation = small_model(perturbations=40, hidden=h, top_k=K), torch.randint(1, 40, (B,))
+    torch.nn.init.normal_(model.selector.norm.weight, 1.0, 0.3)
+    torch.nn.init.normal_(model.selector.norm.bias, 0.0, 0.3)
+    given = model, perturbation, torch.randn(B, S, h) + 0.5, ptrag.gumbel_noise((B, S, K, 2))
+    (weights, ours), (exact, oracle) = selected(*given), selected(*given, plain=True)
+    assert torch.equal(weights, exact) and torch.allclose(ours[0], oracle[0], atol=1e-5)
+    for a, b in zip(ours, oracle, strict=True):  # two logits alone have a gradient of rounding only
+        assert S * K == 1 or (a - b).abs().max() <= 2e-5 * b.abs().max().clamp(min=1e-3)
 
 
 def test_a_draw_selects_with_probability_sigmoid_of_the_difference_of_the_logits():
@@ -118,7 +99,7 @@ def test_a_draw_selects_with_probability_sigmoid_of_the_difference_of_the_logits
 
 
 def test_a_selector_draws_in_training_else_weighs_by_the_mean_of_draws_and_never_under_12_percent():
-    inputs, selector = pairs(1, 3, 4, 8), ptrag.Selector(8)
+    inputs, selector = pairs(3, 4, 8), ptrag.Selector(8)
     assert (selector.temperature, selector.dropout) == (0.5, 0.1)
     assert selector(*inputs)[1].weights.unique().tolist() == [0, 1]
     state = torch.get_rng_state()
@@ -134,7 +115,7 @@ def test_a_selector_draws_in_training_else_weighs_by_the_mean_of_draws_and_never
         selector(*inputs, select="expcted")
     torch.nn.init.normal_(selector.score_out.weight, std=1e-4)
     selector.score_out.bias.data = torch.tensor([50.0, -50.0])  # as sure as can be: use none
-    least = selector(*pairs(1, 40, 6, 8))[1].probability.mean().item()
+    least = selector(*pairs(40, 6, 8))[1].probability.mean().item()
     assert least == pytest.approx(1 / (1 + math.exp(2)), rel=5e-3)  # never below 12 %
 
 
@@ -168,7 +149,7 @@ def test_dropout_keeps_the_share_it_says_and_the_mean():
         kept = torch.stack([ptrag.dropout_mask((50, 49), p) for _ in range(400)])
         assert kept.unique().tolist() == [0, 1]
         assert kept.float().mean().item() == pytest.approx(1 - p, abs=1e-3)  # 26/256 is too far from 0.1
-    selector, inputs = ptrag.Selector(16, dropout=0.5), (*pairs(1, 3, 4, 16), torch.rand(1, 3, 4))
+    selector, inputs = ptrag.Selector(16, dropout=0.5), (*pairs(3, 4, 16), torch.rand(1, 3, 4))
     noisy, plain = (selector.train(mode).score(*(part.repeat_interleave(2000, 0) for part in inputs))
                     for mode in (True, False))
     assert (noisy.std(0) > 0).all() and torch.allclose(noisy.mean(0), plain[0], atol=0.05)
@@ -199,11 +180,11 @@ def test_bfloat16_changes_values_and_gradients_by_its_rounding_only_and_selects_
     if method.startswith("ptrag"):
         model.selector.register_forward_hook(lambda module, given, result: seen.append((given, result)))
     for enabled in (False, True):
-        model.train().zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            prediction, _ = model(control, perturbation, None, noise)
-        ptrag.energy_distance(prediction.float(), control.flip(0)).mean().backward()
-        outcome.append([prediction.float(), model.output.weight.grad, model.cell_encoder.weight.grad])
+            prediction = model.train()(control, perturbation, None, noise)[0].float()
+        energy = ptrag.energy_distance(prediction, control.flip(0)).mean()
+        gradients = torch.autograd.grad(energy, [model.output.weight, model.cell_encoder.weight])
+        outcome.append([prediction, *gradients])
     for exact, rounded in zip(*outcome):
         assert 0 < (exact - rounded).norm() <= 0.03 * exact.norm()
     for given, (context, selection) in seen[1:2]:
@@ -335,19 +316,13 @@ def test_a_group_fits_the_cache_or_is_as_asked_for_and_draws_by_seed_step_and_it
         assert torch.equal(seen[-1], weights)
 
 
-def test_equal_seeds_give_equal_best_weights_and_test_pool_the_candidates_at_test_time(tmp_path, simulated):
-    options, runs = dict(top_k=3, steps=12, validate_every=3, lr=0.05, group_cells=24), []
-    for name, changed in {"a": dict(seed=1), "b": dict(seed=1, test_pool="full"), "c": dict(seed=2)}.items():
-        (tmp_path / name).mkdir()
-        runs.append(trained(tmp_path / name, simulated, "perturbation:0", **options, **changed))
-    (split, _, model), (_, _, full), (_, _, other) = runs
-    same = [[*map(torch.equal, model.parameters(), another.parameters())] for another in (full, other)]
-    assert all(same[0]) and not any(same[1])
-    assert set(model.pool.tolist()) == {p for _, p in split.train} and full.pool.tolist() == [*range(1, 15)]
-    assert torch.equal(full.candidates, ptrag.retrieve(full.embeddings, full.pool, 3)[0])
+def test_the_weights_kept_are_those_with_the_best_validation_and_retrieve_training_genes(tmp_path, simulated):
+    split, _, model = trained(tmp_path, simulated, "perturbation:0", seed=1, top_k=3, steps=12,
+                              validate_every=3, lr=0.05, group_cells=24)
+    assert set(model.pool.tolist()) == {p for _, p in split.train}
     _, inputs, target = drawn(simulated, split.validation, 4, controls_too=False)
     energy = ptrag.energy_distance(model.eval()(*inputs)[0], target).mean().item()
-    validated = [row for row in table(tmp_path / "a" / "log.csv") if row["validation"]]
+    validated = [row for row in table(tmp_path / "log.csv") if row["validation"]]
     assert [row["step"] for row in validated] == ["3", "6", "9", "12"]
     assert min(float(row["validation"]) for row in validated) == pytest.approx(energy, rel=1e-6)
 
@@ -391,15 +366,3 @@ def test_a_gene_taught_later_is_predicted_like_the_one_with_its_embedding_or_dra
         ptrag.predict(known, control, "NEWW")
     assert torch.equal(drawing.candidates[:12], before)  # those it had are kept
     assert not torch.equal(drawing.candidates[12], ptrag.retrieve(drawing.embeddings, drawing.pool, 4)[0][12])
-
-
-def test_presets_are_what_the_published_experiments_had_and_an_option_beside_one_wins():
-    shared = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forward=2784, causal=True,
-                  rotary=True, batch_covariate=True, select="sample", hidden=128, sets=64, cells=64, lr=1e-3,
-                  steps=50_001, validate_every=2000, sparsity=1.0, pool="train", test_pool="full", data="x")
-    for preset, own in {"paper-cell-line": dict(top_k=32, sparsity=0.1, pool="full", test_pool=""),
-                        "paper-perturbation": dict(top_k=128), "paper-controls": dict(top_k=32),
-                        "paper-norman": dict(top_k=16, steps=10_001, validate_every=500)}.items():
-        config, _ = ptrag.configure(["--data", "x", "--preset", preset])
-        assert vars(config) == {**vars(ptrag.Config()), **shared, **own, "preset": preset}
-        assert ptrag.configure(["--data", "x", "--preset", preset, "--lr", "1"])[0] == replace(config, lr=1.0)

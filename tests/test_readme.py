@@ -40,7 +40,7 @@ def test_each_worked_example_runs_as_it_stands(tmp_path, monkeypatch):
     assert 0 < found["marginal"] < found["sw2"] * 50**0.5 and found["w1"] <= found["w2"]
     expression = example("write_anndata")["expression"]
     assert expression.shape == (30, 5) and np.allclose(np.expm1(expression).sum(1), 1e4)
-    assert run(tmp_path, *"--name NAME --method ptrag --steps 2 --hidden 8 --max-cells 10".split()) == 0
+    assert run(tmp_path, "--name NAME --method ptrag --steps 2 --hidden 8 --max-cells 10") == 0
     names = example("ptrag.predict")
     assert names["prediction"].cells.shape == (300, 200) and len(names["neighbours"]["candidates"]) == 8
     assert len(PYTHON) == 4  # all of them
