@@ -128,16 +128,6 @@ def test_several_seeds_train_several_models_and_are_shown_with_their_spread(tmp_
     assert {row["seed"] for row in table(folder / "retrieval.csv")} == {"0", "5"}
 
 
-@pytest.mark.parametrize("left, step, said", [(3000, 1e-3, ""), (7200, 1e-3, "2.0 hours; less: --steps"),
-                                              (3000, 0.5, "2 threads take"), (3000, 0.5, "--threads 1")])
-def test_a_long_run_and_one_that_busy_cores_slow_down_are_told_what_helps(left, step, said, capsys):
-    torch.set_num_threads(2)
-    ptrag.advise(left, step, lambda: time.sleep(0.01), torch.device("cpu"))
-    printed = capsys.readouterr().out
-    assert said in printed and bool(said) == bool(printed) and torch.get_num_threads() == 2
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("options", [
     "--select threshold", "--select sample", "--select all", "--freeze-generator --causal --rotary", "--bf16",
     "--keep-query", "--candidates random", "--pool full", "--batch-covariate", "--method ptrag-expected"])
