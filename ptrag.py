@@ -549,12 +549,11 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
     reach the tolerance (a point a thousand times farther away than the rest can do that). No gradient.
     Sinkhorn's iteration (Cuturi 2013): a round computes the plan exp((f_i + g_j - cost_ij) / epsilon) / (n m)
     once, finds factors of its rows in ten over-relaxed steps, u <- u^(1-r) (row sums found / wanted)^-r with
-    r = 1.7, and of its columns, v, and takes their logarithms into f and g. Then the plan is rounded to a
-    coupling (Altschuler, Weed, Rigollet 2017), whose cost bounds W_p^p from above, the potentials are made
-    feasible, whose value bounds it from below; epsilon is halved once the gap is not due to rounding. A gap
-    under `tolerance` of the upper bound (or of a millionth of the largest cost: smaller distances are not
-    resolved) ends it, and the middle is returned: within half that gap of the exact W_p^p. O(n m) a step, 100
-    to 200 steps in PCA-50 space.
+    r = 1.7, and of its columns, v, and takes their logarithms into f and g. The cost of the plan rounded to a
+    coupling (Altschuler, Weed, Rigollet 2017) bounds W_p^p from above, the value of the potentials made
+    feasible from below; epsilon is halved once the gap is not due to rounding. A gap under `tolerance` of the
+    upper bound (or of a millionth of the largest cost: smaller distances are not resolved) ends it with the
+    middle, within half that gap of the exact W_p^p. O(n m) a step, 100 to 200 steps in PCA-50 space.
     """
     y = y.expand(len(x), -1, -1)
     at_once = max(1, 2**17 // (x.shape[1] * y.shape[1]))  # problems that fit the cache
@@ -605,8 +604,6 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     for the batch covariate; set_size: cells in a set, as in training if not given; the last one is filled up
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
-    require(np.ndim(control) == 2 and len(control) and np.shape(control)[1] == len(model.genes),
-            f"control cells {np.shape(control)}: must be (cells, {len(model.genes)} genes)")
     if isinstance(perturbation, str):
         require_known(perturbation, model.perturbations,
                       f"unknown perturbation {perturbation}; add_perturbations teaches new ones")
@@ -806,11 +803,10 @@ def configure(arguments):
     for f in fields(Config):
         (text, limits, heading), kind = f.metadata.values(), type(f.default)
         group = parser.add_argument_group(heading) if heading else group
-        words = "|".join(filter(None, limits)) if kind is str else ""
-        value = dict(type=kind, metavar=words or kind.__name__.upper())
+        words = "|".join(filter(None, limits)) if kind is str else None
+        value = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": words or None}
         text += f" (default {f.default})" if f.default not in ("", False) else ""
-        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=text,
-                           **dict(action="store_true") if kind is bool else value)
+        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=text, **value)
     parser.error = lambda message: require(False, message)
     given, unknown = parser.parse_known_args(arguments)
     for word in unknown:
@@ -934,17 +930,6 @@ def log_row(config, step, sampler, checkpoint):
     return config.method, config.seed, step.number, loss, energy, sparsity, step.validation
 
 
-def show_progress(config, row, validation, seconds, to_come, end_line):
-    """A line of progress, overwritten on a terminal. seconds: of a step; to_come: steps of all models."""
-    import data
-    (method, seed, step, loss), best = row[:4], f"{validation:.4f}".replace("inf", "-")
-    speed, left = config.sets * config.cells / seconds, timedelta(seconds=round(seconds * to_come))
-    line = (f"{f'{method}-{seed}':<16} step {step}/{config.steps}  loss {loss:.4f}  validation {best}  "
-            f"{speed:,.0f} cells/s  {left} left")
-    terminal = sys.stdout.isatty()
-    data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not end_line else "\n")
-
-
 def train_one(config, folder, dataset, split, validation, log, models, asked):
     """Trains one method with one seed from its last checkpoint on, adds its rows to the log: the model.
 
@@ -953,7 +938,8 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
     """
     import data
     (rank, size), device, before = ranks(), device_of(config), len(log)
-    checkpoint = folder / f"checkpoint-{config.method}-{config.seed}.pt"
+    name, terminal = f"{config.method}-{config.seed}", sys.stdout.isatty()
+    checkpoint = folder / f"checkpoint-{name}.pt"
     model, progress = build_model(config, dataset, split).to(device), Progress()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if checkpoint.exists():
@@ -977,11 +963,14 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
         waiting.append(step)
         last = stopping or step.number == config.steps
         save = last or step.number % config.checkpoint_every == 0
-        if save or time.monotonic() - shown > (0.2 if sys.stdout.isatty() else 10):
+        if save or time.monotonic() - shown > (0.2 if terminal else 10):
             log += [log_row(config, step, sampler, checkpoint) for step in waiting]
             waiting, shown = [], time.monotonic()
-            show_progress(config, log[-1], progress.validation, (shown - began) / (step.number - first),
-                          models * config.steps - step.number, last)
+            seconds = (shown - began) / (step.number - first)
+            speed, left = config.sets * config.cells / seconds, models * config.steps - step.number
+            line = (f"{name:<16} step {step.number}/{config.steps}  loss {log[-1][3]:.4f}  validation "
+                    f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left * seconds))} left")
+            data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             columns = "method seed step loss energy sparsity validation".split()
             data.write_csv(folder / "log.csv", columns, log)
@@ -1012,9 +1001,7 @@ def train_all(config, folder, dataset, split):
               for seed in seeds.split(",") for method in methods.split(",")]
 
     def finish_the_step(number, frame):  # on Ctrl-C and SIGTERM, which cluster schedulers send
-        if asked:  # the second time stop at once
-            raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(signal.signal(number, signal.default_int_handler))  # a second one stops at once
     with contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGINT, signal.SIGTERM):
             at_the_end.callback(signal.signal, number, signal.signal(number, finish_the_step))
