@@ -638,8 +638,7 @@ def add_perturbations(model, names, embeddings):
     InputError for a known name, and for `state`, whose one-hot perturbations cannot be extended."""
     for name in names:
         require(name not in model.perturbations, f"the model knows the perturbation {name} already")
-    require(model.config.method != "state",
-            "the method state predicts only perturbations it was trained with: use another --method")
+    require(model.config.method != "state", "state predicts only genes of its data: use another --method")
     new = torch.as_tensor(np.asarray(embeddings), dtype=torch.float32, device=model.embeddings.device)
     model.embeddings, model.perturbations = torch.cat([model.embeddings, new]), [*model.perturbations, *names]
     if model.retrieves:
@@ -680,12 +679,15 @@ DEMO = dict(method=",".join(METHODS), split="cell-line:simD", steps=1200, lr=2e-
 # The published experiments: a random, frozen generator that reads the cells in an order.
 PAPER = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forward=2784, causal=True,
              rotary=True, batch_covariate=True, select="sample", steps=50_001, validate_every=2000)
-UNSEEN = dict(PAPER, sparsity=1.0, pool="train", test_pool="full")
+UNSEEN = dict(PAPER, sparsity=1.0, test_pool="full")
 PRESETS = {"paper-cell-line": dict(PAPER, top_k=32, pool="full"),
            "paper-perturbation": dict(UNSEEN, top_k=128),
            "paper-norman": dict(UNSEEN, top_k=16, steps=10_001, validate_every=500),
            "paper-controls": dict(UNSEEN, top_k=32)}
 COLUMNS = "perturbation_column", "cell_line_column", "batch_column"
+FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
+                  "threads", "data", "genept", "control", *COLUMNS}
+FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
 POOLS, SELECT = ("train", "trainval", "full"), ("expected", "threshold", "sample", "all")
 
 
@@ -749,11 +751,6 @@ class Config:
     output: str = option("predicted.h5ad", "file that --predict writes")
 
 
-FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
-                  "threads", "data", "genept", "control", *COLUMNS}
-FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
-
-
 def flag(name):
     """The command line's spelling of a field."""
     return f"--{name.replace('_', '-')}"
@@ -774,7 +771,7 @@ def check(config):
             require(value == f.default, f"{flag(f.name)} {value}: goes with --predict GENE,GENE")
     for names in (config.method, config.seeds, config.predict):
         require(len(set(names.split(","))) == names.count(",") + 1, f"{names}: one is given twice")
-    require(re.fullmatch("([0-9]{1,9}(,[0-9]{1,9})*)?", config.seeds),
+    require(re.fullmatch("({0}(,{0})*)?".format("(0|[1-9][0-9]{0,8})"), config.seeds),
             f"--seeds {config.seeds}: must be whole numbers separated by commas, as in 0,1,2")
     require(config.head_dim % 2 == 0 or not config.rotary, "--head-dim: must be even with --rotary")
     require(not config.hard_negatives or config.candidates == "nearest",
@@ -810,8 +807,7 @@ def configure(arguments):
     parser.error = lambda message: require(False, message)
     given, unknown = parser.parse_known_args(arguments)
     for word in unknown:
-        known = [flag(f.name) for f in fields(Config)]
-        require_known(word, known, f"unknown option {word}; python ptrag.py --help lists all")
+        require_known(word, [flag(f.name) for f in fields(Config)], f"unknown option {word}; see --help")
     given = vars(given)
     if "resume" in given:
         folder, stored = Path(given["resume"]), read_config(given["resume"])
@@ -820,9 +816,8 @@ def configure(arguments):
             require(name in FOR_RESUMING and (name != "steps" or value >= before) or value == before,
                     f"{folder}: cannot be resumed with {flag(name)} {before} -> {value}")
         return check(replace(stored, **{**given, "resume": ""})), folder
-    if "predict" in given:
-        for name in given:
-            require(name in FOR_PREDICTION, f"{flag(name)} goes with training, not with --predict")
+    for name in given if "predict" in given else ():
+        require(name in FOR_PREDICTION, f"{flag(name)} goes with training, not with --predict")
     start = {"cells": 500} if "predict" in given else {} if "data" in given else DEMO
     return check(replace(Config(), **{**start, **PRESETS.get(given.get("preset"), {}), **given})), None
 
@@ -922,9 +917,8 @@ def log_row(config, step, sampler, checkpoint):
         worst, dataset = int(energy.nan_to_num(nan=math.inf).argmax()), sampler.dataset
         batch = sampler.draw(step.number, [worst])
         line, gene = dataset.cell_lines[batch.cell_line[0]], dataset.perturbations[batch.perturbation[0]]
-        kept = f"; the last checkpoint is {checkpoint}" if checkpoint.exists() else ""
         raise Diverged(f"{config.method}-{config.seed}: loss or gradient is not finite at step {step.number} "
-                       f"(condition {line} / {gene}); try a smaller --lr{kept}")
+                       f"(condition {line} / {gene}): try a smaller --lr; {checkpoint}, if any, is older")
     energy = energy.mean().item()
     loss = energy + config.sparsity * sparsity
     return config.method, config.seed, step.number, loss, energy, sparsity, step.validation
@@ -932,10 +926,8 @@ def log_row(config, step, sampler, checkpoint):
 
 def train_one(config, folder, dataset, split, validation, log, models, asked):
     """Trains one method with one seed from its last checkpoint on, adds its rows to the log: the model.
-
     validation: see `train`; models: how many are still to come, this one among them. Once `asked` holds
-    anything: KeyboardInterrupt, after the step is finished and saved. Raises Diverged.
-    """
+    anything: KeyboardInterrupt, after the step is finished and saved. Raises Diverged."""
     import data
     (rank, size), device, before = ranks(), device_of(config), len(log)
     name, terminal = f"{config.method}-{config.seed}", sys.stdout.isatty()
@@ -966,10 +958,10 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
         if save or time.monotonic() - shown > (0.2 if terminal else 10):
             log += [log_row(config, step, sampler, checkpoint) for step in waiting]
             waiting, shown = [], time.monotonic()
-            seconds = (shown - began) / (step.number - first)
-            speed, left = config.sets * config.cells / seconds, models * config.steps - step.number
+            rate = (step.number - first) / (shown - began)  # steps a second
+            speed, left = rate * config.sets * config.cells, (models * config.steps - step.number) / rate
             line = (f"{name:<16} step {step.number}/{config.steps}  loss {log[-1][3]:.4f}  validation "
-                    f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left * seconds))} left")
+                    f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left))} left")
             data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             columns = "method seed step loss energy sparsity validation".split()
@@ -1070,8 +1062,8 @@ def run_prediction(config):
     genes = known if config.predict == "all" else config.predict.split(",")
     new = [gene for gene in genes if gene not in known]
     for gene in new:
-        require_known(gene, embedded, f"--predict {gene}: no embedding in the model or in {dataset.name}; "
-                      "--genept FILE adds some")
+        require_known(gene, [*known, *embedded], f"--predict {gene}: no embedding in the model or in "
+                      f"{dataset.name}; --genept FILE adds some")
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
