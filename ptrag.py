@@ -605,8 +605,7 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
     if isinstance(perturbation, str):
-        require_known(perturbation, model.perturbations,
-                      f"unknown perturbation {perturbation}; add_perturbations teaches new ones")
+        require_known(perturbation, model.perturbations, f"{perturbation} is unknown; see add_perturbations")
         perturbation = model.perturbations.index(perturbation)
     n, device, S = len(control), model.output.weight.device, set_size or model.config.cells
     control = np.asarray(control, np.float32)
@@ -688,6 +687,7 @@ COLUMNS = "perturbation_column", "cell_line_column", "batch_column"
 FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
                   "threads", "data", "genept", "control", *COLUMNS}
 FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
+LOG_COLUMNS = "method", "seed", "step", "loss", "energy", "sparsity", "validation"
 POOLS, SELECT = ("train", "trainval", "full"), ("expected", "threshold", "sample", "all")
 
 
@@ -886,7 +886,7 @@ def open_data(config, need_split=True):
 def device_of(config):
     """The device named, else a GPU where there is one. InputError if it is not there."""
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    there = [*["cuda"][:len(gpus)], *gpus, "cpu"]
+    there = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
     require(config.device in ("", *there), f"--device {config.device}: must be one of {', '.join(there)}")
     return torch.device(config.device or there[0])
 
@@ -964,11 +964,10 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
                     f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left))} left")
             data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
-            columns = "method seed step loss energy sparsity validation".split()
-            data.write_csv(folder / "log.csv", columns, log)
-            about = dict(format="checkpoint", fingerprint=data.fingerprint(dataset, split), log=log[before:])
-            save_tensors(checkpoint, **about, **vars(progress), model=model.state_dict(),
-                         optimizer=optimizer.state_dict())
+            data.write_csv(folder / "log.csv", LOG_COLUMNS, log)
+            identity = data.fingerprint(dataset, split)
+            save_tensors(checkpoint, format="checkpoint", fingerprint=identity, **vars(progress),
+                         log=log[before:], model=model.state_dict(), optimizer=optimizer.state_dict())
         if stopping:
             raise KeyboardInterrupt
     return model
