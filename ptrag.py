@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
 import json
 import math
@@ -1066,10 +1065,6 @@ def run_prediction(config):
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
-    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
-        notes += [f"{config.model}: in its test {row['method']} stood at {float(row['position']):.2f} on SW1 "
-                  "(0: as far from real cells as no change, 1: as near as other real cells)" for row in
-                  csv.DictReader(file) if (row["method"], row["metric"]) == (model.config.method, "sw1")]
     data.say("\n".join([*dataset.notes, *notes]))
     line, n, rng = lines.index(wanted), config.cells, np.random.default_rng(config.seed)
     rows = np.sort(data.pick(rng, dataset.cells(line, 0), n))  # (n,)
@@ -1086,8 +1081,6 @@ def run_prediction(config):
             most, best = (np.argsort(-np.abs(x), kind="stable")[:10] for x in (change, np.nan_to_num(use)))
             data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): "
                      + ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most))
-            if impossible := (cells > math.log1p(10_000)).sum():
-                data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
             if names:
                 shown = [f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best]
                 data.say(f"  neighbours used (probability): {', '.join(shown)}")

@@ -326,7 +326,7 @@ def test_predict_writes_genes_perturbed_in_the_data_or_not_and_names_what_change
     folder, options = made(SHORT), ["--predict", f"GENE003,{new}", "--cell-line", "SIMb", "--cells", 30]
     assert run(folder, *PREDICT, *options) == 0
     printed, file = capsys.readouterr().out, folder / "out.h5ad"
-    assert f"{new} in simB" in printed and "in its test ptrag stood at" in printed
+    assert f"{new} in simB" in printed
     assert printed.count("changes most") == printed.count("neighbours used") == 2
     obs = data.read_obs(file, ["control_cell", "perturbation", "cell_line"])
     assert list(obs["perturbation"]) == ["GENE003"] * 30 + [new] * 30 and set(obs["cell_line"]) == {"simB"}
