@@ -628,7 +628,7 @@ def predict_conditions(model, dataset, conditions, config):
         real, rows = data.evaluation_cells(dataset, condition, config.seed, config.max_cells, config.cells)
         control, gem_group, n = dataset.expression[rows], dataset.gem_group[rows], len(real)
         made = predict(model, control, condition[1], gem_group, seed=(config.seed, number))
-        yield condition, rows[:n], Prediction(*(part if part is None else part[:n] for part in made))
+        yield condition, rows[:n], Prediction(*(part[:n] for part in made if part is not None))
 
 
 def add_perturbations(model, names, embeddings):
@@ -640,10 +640,9 @@ def add_perturbations(model, names, embeddings):
     new = torch.as_tensor(np.asarray(embeddings), dtype=torch.float32, device=model.embeddings.device)
     model.embeddings, model.perturbations = torch.cat([model.embeddings, new]), [*model.perturbations, *names]
     if model.retrieves:
-        before = model.candidates, model.similarity
+        candidates, similarity, P = model.candidates, model.similarity, len(model.candidates)
         model.retrieve_from(model.pool)
-        for table, known in zip((model.candidates, model.similarity), before):
-            table[:len(known)] = known
+        model.candidates[:P], model.similarity[:P] = candidates, similarity  # random ones stay
 
 
 def used_candidates(model, gene, probability=None):
@@ -766,8 +765,6 @@ def check(config):
                 require_known(word, limits, f"{must} one of {', '.join(filter(None, limits))}")
         elif limits:  # nan is not between them, either
             require(limits[0] <= value <= limits[1], f"{must} from {limits[0]:,} to {limits[1]:,}")
-        elif config.predict == "" and f.name in ("cell_line", "model", "output"):
-            require(value == f.default, f"{flag(f.name)} {value}: goes with --predict GENE,GENE")
     for names in (config.method, config.seeds, config.predict):
         require(len(set(names.split(","))) == names.count(",") + 1, f"{names}: one is given twice")
     require(re.fullmatch("({0}(,{0})*)?".format("(0|[1-9][0-9]{0,8})"), config.seeds),
@@ -777,7 +774,7 @@ def check(config):
             f"--hard-negatives {config.hard_negatives}: goes with --candidates nearest")
     require(config.data or config.predict or not config.genept, f"--genept {config.genept}: goes with --data")
     require(re.fullmatch(r"(\w[\w .,+=-]*)?", config.name), f"--name {config.name}: must be a plain name")
-    require(not config.predict or config.model, "--predict needs --model runs/NAME")
+    require(bool(config.predict) == bool(config.model), "--predict GENE,GENE goes with --model runs/NAME")
     return config
 
 
@@ -815,8 +812,9 @@ def configure(arguments):
             require(name in FOR_RESUMING and (name != "steps" or value >= before) or value == before,
                     f"{folder}: cannot be resumed with {flag(name)} {before} -> {value}")
         return check(replace(stored, **{**given, "resume": ""})), folder
-    for name in given if "predict" in given else ():
-        require(name in FOR_PREDICTION, f"{flag(name)} goes with training, not with --predict")
+    for name, value in given.items():
+        fits = name in FOR_PREDICTION if "predict" in given else name not in ("cell_line", "model", "output")
+        require(fits, f"{flag(name)} {value}: goes with{'out' * ('predict' in given)} --predict GENE,GENE")
     start = {"cells": 500} if "predict" in given else {} if "data" in given else DEMO
     return check(replace(Config(), **{**start, **PRESETS.get(given.get("preset"), {}), **given})), None
 
