@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
 import json
 import math
@@ -31,6 +30,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -546,12 +546,13 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
 
     x (B, n, d), y (B, m, d) or (1, m, d) -> (B,) float64 in the unit of x, nan where `max_rounds` do not
     reach the tolerance (a point a thousand times farther away than the rest can do that). No gradient.
-    Sinkhorn's iteration (Cuturi 2013), ten steps a round. After a round the plan is rounded to a coupling
-    (Altschuler, Weed, Rigollet 2017), whose cost bounds W_p^p from above, and the potentials are made
-    feasible, whose value bounds it from below; epsilon is halved once the gap is not due to rounding. A gap
-    under `tolerance` of the upper bound (or of a millionth of the largest cost: smaller distances are not
-    resolved) ends it, and the middle is returned: within half that gap of the exact W_p^p. O(n m) a step, 100
-    to 200 steps in PCA-50 space.
+    Sinkhorn's iteration (Cuturi 2013): a round computes the plan exp((f_i + g_j - cost_ij) / epsilon) / (n m)
+    once, finds factors of its rows in ten over-relaxed steps, u <- u^(1-r) (row sums found / wanted)^-r with
+    r = 1.7, and of its columns, v, and takes their logarithms into f and g. The cost of the plan rounded to a
+    coupling (Altschuler, Weed, Rigollet 2017) bounds W_p^p from above, the value of the potentials made
+    feasible from below; epsilon is halved once the gap is not due to rounding. A gap under `tolerance` of the
+    upper bound (or of a millionth of the largest cost: smaller distances are not resolved) ends it with the
+    middle, within half that gap of the exact W_p^p. O(n m) a step, 100 to 200 steps in PCA-50 space.
     """
     y = y.expand(len(x), -1, -1)
     at_once = max(1, 2**17 // (x.shape[1] * y.shape[1]))  # problems that fit the cache
@@ -559,61 +560,39 @@ def wasserstein(x, y, p=1, tolerance=2e-3, max_rounds=500):
         pairs = zip(x.split(at_once), y.split(at_once))
         return torch.cat([wasserstein(*pair, p, tolerance, max_rounds) for pair in pairs])
     cost = pairwise_distance(x.double(), y.double()) ** p  # (B, n, m)
-    f, g = cost.new_zeros(*cost.shape[:2], 1), cost.new_zeros(len(cost), cost.shape[2], 1)
+    B, n, m = cost.shape
+    f, g = cost.new_zeros(B, n, 1), cost.new_zeros(B, m, 1)
     largest = cost.amax((1, 2)).clamp(min=1e-300)  # (B,)
     epsilon, upper, lower = largest, largest * math.inf, -largest * math.inf
     for _ in range(max_rounds):
-        plan, f, g = sinkhorn_steps(cost, f, g, epsilon[:, None, None])
-        above, below, rounding = coupling_bounds(cost, plan, f, g)  # each (B,)
+        plan = (f + g.mT - cost).div_(epsilon[:, None, None]).clamp_(max=600).exp_().div_(n * m)  # (B, n, m)
+        across, u, v = plan.mT.contiguous(), torch.ones_like(f), torch.ones_like(g)
+        for _ in range(10):  # clamped: an empty row stays finite
+            u = (u ** -0.7 * (n * (plan @ v)).clamp(1e-250, 1e250) ** -1.7).clamp(1e-100, 1e100)
+            v = (v ** -0.7 * (m * (across @ u)).clamp(1e-250, 1e250) ** -1.7).clamp(1e-100, 1e100)
+        plan.mul_(u).mul_(v.mT)
+        f, g = f + epsilon[:, None, None] * u.log(), g + epsilon[:, None, None] * v.log()
+
+        plan.div_((n * plan.sum(2, keepdim=True)).clamp(min=1))  # no row above 1/n
+        plan.div_((m * plan.sum(1, keepdim=True)).clamp(min=1))  # no column above 1/m
+        rows, columns = (1 / n - plan.sum(2)).clamp(min=0), (1 / m - plan.sum(1)).clamp(min=0)  # missing
+        added = torch.einsum("bi,bij,bj->b", rows, cost, columns) / rows.sum(1).clamp(min=1e-300)
+        above = (plan * cost).sum((1, 2)) + added
+        feasible = (cost - f).amin(1, keepdim=True)  # (B, 1, m), the g for which f_i + g_j <= cost_ij
+        below = (cost - feasible).amin(2).mean(1) + feasible.mean((1, 2))
         upper, lower = torch.minimum(upper, above), torch.maximum(lower, below)
         done = upper - lower <= tolerance * upper.clamp(min=1e-6 * largest)  # false for nan
         if (done | upper.isnan()).all():
             break
-        epsilon = torch.where(~done & (rounding < (above - below) / 2), epsilon / 2, epsilon)
+        epsilon = torch.where(~done & (added < (above - below) / 2), epsilon / 2, epsilon)
     return torch.where(done, ((upper + lower) / 2).clamp(min=0), math.nan) ** (1 / p)
-
-
-def sinkhorn_steps(cost, f, g, epsilon, steps=10, relaxation=1.7):
-    """Over-relaxed Sinkhorn steps from the potentials f (B, n, 1), g (B, m, 1): plan (B, n, m) and new f, g.
-
-    The plan exp((f_i + g_j - cost_ij) / epsilon) / (n m) is computed once; the steps find factors u_i, v_j
-    for its rows and columns by matrix products, u <- u^(1-r) (row sums wanted / found)^r, v the same with
-    columns. Then f moves by epsilon log u, g by epsilon log v.
-    """
-    n, m = cost.shape[1:]
-    plan = (f + g.transpose(1, 2) - cost).div_(epsilon).clamp_(max=600).exp_().div_(n * m)
-    across = plan.transpose(1, 2).contiguous()  # (B, m, n)
-    u, v = torch.ones_like(f), torch.ones_like(g)
-    for _ in range(steps):  # clamped: an empty row stays finite
-        wanted = (n * (plan @ v)).clamp(1e-250, 1e250) ** -relaxation
-        u = (u ** (1 - relaxation) * wanted).clamp(1e-100, 1e100)
-        wanted = (m * (across @ u)).clamp(1e-250, 1e250) ** -relaxation
-        v = (v ** (1 - relaxation) * wanted).clamp(1e-100, 1e100)
-    return plan.mul_(u).mul_(v.transpose(1, 2)), f + epsilon * u.log(), g + epsilon * v.log()
-
-
-def coupling_bounds(cost, plan, f, g):
-    """Cost of a coupling near the plan (B, n, m), value of feasible potentials near f (B, n, 1), g (B, m, 1),
-    and what rounding added to the former -> three of (B,); the optimum lies between the first two."""
-    n, m = cost.shape[1:]
-    a = (1 / (n * plan.sum(2, keepdim=True))).clamp(max=1)  # a plan: no row above 1/n
-    columns = plan.transpose(1, 2) @ a  # (B, m, 1)
-    b = (1 / (m * columns)).clamp(max=1)  # a plan b: no column above 1/m
-    missing_rows = (1 / n - a * (plan @ b)).clamp(min=0)
-    missing_columns = (1 / m - b * columns).clamp(min=0)
-    rounding = (missing_rows * (cost @ missing_columns)).sum((1, 2))
-    rounding = rounding / missing_rows.sum((1, 2)).clamp(min=1e-300)
-    above = (a * ((plan * cost) @ b)).sum((1, 2)) + rounding
-    g = (cost - f).amin(1)[:, :, None]  # now f_i + g_j <= cost_ij everywhere
-    f = (cost - g.transpose(1, 2)).amin(2)
-    return above, f.mean(1) + g.mean((1, 2)), rounding
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
 class Prediction(NamedTuple):
     """cells (n, G) float, log1p; probability (n, K) of using each candidate, None without stage 2."""
     cells: np.ndarray
-    probability: np.ndarray | None
+    probability: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -624,27 +603,21 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     for the batch covariate; set_size: cells in a set, as in training if not given; the last one is filled up
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
-    require(np.ndim(control) == 2 and len(control) and np.shape(control)[1] == len(model.genes),
-            f"control cells {np.shape(control)}: must be (cells, {len(model.genes)} genes)")
     if isinstance(perturbation, str):
-        near = suggest(perturbation, model.perturbations)
-        require(perturbation in model.perturbations,
-                f"unknown perturbation {perturbation}{near}; add_perturbations teaches new ones")
+        require_known(perturbation, model.perturbations, f"{perturbation} is unknown; see add_perturbations")
         perturbation = model.perturbations.index(perturbation)
     n, device, S = len(control), model.output.weight.device, set_size or model.config.cells
     control = np.asarray(control, np.float32)
     gem_group = np.zeros(n, int) if gem_group is None else np.asarray(gem_group, int)
     rows = np.resize(np.arange(n), (-(-n // S), S))  # (B, S)
     seed_torch(*np.atleast_1d(seed))
-    cells, probability = [], []
+    made = []
     for sets in groups_of_sets(replace(model.config, cells=S), len(rows), device):
         own, groups = (torch.from_numpy(part[rows[sets]]).to(device) for part in (control, gem_group))
         query = torch.full((len(own),), perturbation, device=device)  # (b,)
         perturbed, selection = model.eval()(own, query, groups)  # (b, S, G)
-        cells.append(perturbed.flatten(0, 1).cpu())
-        probability += [] if selection is None else [selection.probability.flatten(0, 1).cpu()]
-    cells = torch.cat(cells)[:n].numpy()
-    return Prediction(cells, torch.cat(probability)[:n].numpy() if probability else None)
+        made.append([perturbed.cpu(), selection.probability.cpu()] if selection else [perturbed.cpu()])
+    return Prediction(*(torch.cat(part).flatten(0, 1)[:n].numpy() for part in zip(*made)))
 
 
 def predict_conditions(model, dataset, conditions, config):
@@ -655,7 +628,7 @@ def predict_conditions(model, dataset, conditions, config):
         real, rows = data.evaluation_cells(dataset, condition, config.seed, config.max_cells, config.cells)
         control, gem_group, n = dataset.expression[rows], dataset.gem_group[rows], len(real)
         made = predict(model, control, condition[1], gem_group, seed=(config.seed, number))
-        yield condition, rows[:n], Prediction(*(part if part is None else part[:n] for part in made))
+        yield condition, rows[:n], Prediction(*(part[:n] for part in made if part is not None))
 
 
 def add_perturbations(model, names, embeddings):
@@ -663,15 +636,13 @@ def add_perturbations(model, names, embeddings):
     InputError for a known name, and for `state`, whose one-hot perturbations cannot be extended."""
     for name in names:
         require(name not in model.perturbations, f"the model knows the perturbation {name} already")
-    require(model.config.method != "state",
-            "the method state predicts only perturbations it was trained with: use another --method")
+    require(model.config.method != "state", "state predicts only genes of its data: use another --method")
     new = torch.as_tensor(np.asarray(embeddings), dtype=torch.float32, device=model.embeddings.device)
     model.embeddings, model.perturbations = torch.cat([model.embeddings, new]), [*model.perturbations, *names]
     if model.retrieves:
-        before = model.candidates, model.similarity
+        candidates, similarity, P = model.candidates, model.similarity, len(model.candidates)
         model.retrieve_from(model.pool)
-        for table, known in zip((model.candidates, model.similarity), before):
-            table[:len(known)] = known
+        model.candidates[:P], model.similarity[:P] = candidates, similarity  # random ones stay
 
 
 def used_candidates(model, gene, probability=None):
@@ -689,11 +660,12 @@ def require(fact, message):
         raise InputError(message)
 
 
-def suggest(name, known):
-    """" (did you mean A, B?)", the known names closest to a misspelt one, whatever their case, or nothing."""
-    lower = {k.lower(): k for k in known}
-    close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3)]
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+def require_known(name, known, message):
+    """As `require`, unless the name is known; the message ends with the known names closest to it, if any."""
+    if name not in known:
+        lower = {k.lower(): k for k in known}
+        close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3)]
+        raise InputError(message + f" (did you mean {', '.join(close)}?)" * bool(close))
 
 
 # ---- Settings: every field is an option of the command line --------------------------------------
@@ -704,12 +676,16 @@ DEMO = dict(method=",".join(METHODS), split="cell-line:simD", steps=1200, lr=2e-
 # The published experiments: a random, frozen generator that reads the cells in an order.
 PAPER = dict(freeze_generator=True, layers=8, heads=12, head_dim=58, feed_forward=2784, causal=True,
              rotary=True, batch_covariate=True, select="sample", steps=50_001, validate_every=2000)
-UNSEEN = dict(PAPER, sparsity=1.0, pool="train", test_pool="full")
+UNSEEN = dict(PAPER, sparsity=1.0, test_pool="full")
 PRESETS = {"paper-cell-line": dict(PAPER, top_k=32, pool="full"),
            "paper-perturbation": dict(UNSEEN, top_k=128),
            "paper-norman": dict(UNSEEN, top_k=16, steps=10_001, validate_every=500),
            "paper-controls": dict(UNSEEN, top_k=32)}
 COLUMNS = "perturbation_column", "cell_line_column", "batch_column"
+FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
+                  "threads", "data", "genept", "control", *COLUMNS}
+FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
+LOG_COLUMNS = "method", "seed", "step", "loss", "energy", "sparsity", "validation"
 POOLS, SELECT = ("train", "trainval", "full"), ("expected", "threshold", "sample", "all")
 
 
@@ -721,7 +697,7 @@ def option(default, help, *limits, group=""):
 @dataclass
 class Config:
     """All settings of a run: the paper's, but for a smaller generator, since it is trained."""
-    method: str = option("state,state-genept,vanilla-rag,ptrag", f"among {','.join(METHODS)}", group="method")
+    method: str = option("state,state-genept,vanilla-rag,ptrag", "one or several", *METHODS, group="method")
     top_k: int = option(32, "K, candidates retrieved per perturbation", 1, 10**6)
     pool: str = option("train", "retrieve genes with training cells, also validation, or all", *POOLS)
     test_pool: str = option("", "the pool at test time where it is another", "", *POOLS)
@@ -773,22 +749,9 @@ class Config:
     output: str = option("predicted.h5ad", "file that --predict writes")
 
 
-FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
-                  "threads", "data", "genept", "control", *COLUMNS}
-FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
-
-
 def flag(name):
     """The command line's spelling of a field."""
     return f"--{name.replace('_', '-')}"
-
-
-def names_in(text):
-    """The names in a text with commas; InputError if one stands there twice."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        require(names.count(name) == 1, f"{text}: {name} is given twice")
-    return names
 
 
 def check(config):
@@ -798,63 +761,49 @@ def check(config):
         must = f"{flag(f.name)} {value}: must be"
         require(type(value) is kind or (kind, type(value)) == (float, int), f"{must} {kind.__name__}")
         if limits and kind is str:
-            words = ", ".join(filter(None, limits))
-            require(value in limits, f"{must} one of {words}{suggest(value, limits)}")
+            for word in value.split(",") if f.name == "method" else [value]:
+                require_known(word, limits, f"{must} one of {', '.join(filter(None, limits))}")
         elif limits:  # nan is not between them, either
             require(limits[0] <= value <= limits[1], f"{must} from {limits[0]:,} to {limits[1]:,}")
-        elif config.predict == "" and f.name in ("cell_line", "model", "output"):
-            require(value == f.default, f"{flag(f.name)} {value}: goes with --predict GENE,GENE")
-    for method in names_in(config.method):
-        require(method in METHODS,
-                f"--method {method}: must be among {', '.join(METHODS)}{suggest(method, METHODS)}")
-    number = "(0|[1-9][0-9]{0,8})"
-    require(re.fullmatch(f"({number}(,{number})*)?", config.seeds) and names_in(config.seeds),
+    for names in (config.method, config.seeds, config.predict):
+        require(len(set(names.split(","))) == names.count(",") + 1, f"{names}: one is given twice")
+    require(re.fullmatch("({0}(,{0})*)?".format("(0|[1-9][0-9]{0,8})"), config.seeds),
             f"--seeds {config.seeds}: must be whole numbers separated by commas, as in 0,1,2")
-    require(re.fullmatch("(cpu|cuda(:[0-9]{1,4})?)?", config.device),
-            f"--device {config.device}: must be cpu, cuda or cuda:N")
-    require(config.head_dim % 2 == 0 or not config.rotary,
-            f"--head-dim {config.head_dim}: must be even, --rotary turns pairs")
-    require(config.output.isprintable(), f"--output {config.output}: must be a plain name")
+    require(config.head_dim % 2 == 0 or not config.rotary, "--head-dim: must be even with --rotary")
     require(not config.hard_negatives or config.candidates == "nearest",
             f"--hard-negatives {config.hard_negatives}: goes with --candidates nearest")
     require(config.data or config.predict or not config.genept, f"--genept {config.genept}: goes with --data")
-    plain = config.name.isprintable() and Path(config.name).name == config.name and config.name[:1] != "."
-    require(plain, f"--name {config.name}: must be a plain name")
-    require(not config.predict or config.model, "--predict needs --model runs/NAME")
+    require(re.fullmatch(r"(\w[\w .,+=-]*)?", config.name), f"--name {config.name}: must be a plain name")
+    require(bool(config.predict) == bool(config.model), "--predict GENE,GENE goes with --model runs/NAME")
     return config
 
 
 def read_config(run):
     """The Config of runs/NAME. InputError if its config.json is not one."""
     path = Path(run) / "config.json"
-    require(path.is_file(), f"{run}: not the folder of a run (no config.json in it)")
     try:
         return check(Config(**json.loads(path.read_text())))
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not the configuration of a run, or damaged ({error})") from None
+        raise InputError(f"{path}: missing, damaged or not the configuration of a run ({error})") from None
 
 
 def configure(arguments):
     """Command line -> Config, of the run to resume if there is one, then with its folder, else with None."""
     parser = argparse.ArgumentParser(
-        prog="ptrag.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False,
+        prog="ptrag.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Trains PT-RAG and what it is compared with, predicts held-out cells, prints the table.",
         epilog="Without --data a simulation is run with " + " ".join(f"{flag(n)} {DEMO[n]}" for n in DEMO))
     for f in fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        kind, words = type(f.default), [word for word in f.metadata["limits"] if word and type(word) is str]
-        value = dict(type=kind, metavar="|".join(words) or kind.__name__.upper())
-        default = f" (default {f.default})" if f.default not in ("", False) else ""
-        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=f.metadata["help"] + default,
-                           **dict(action="store_true") if kind is bool else value)
-    try:
-        given, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise InputError(str(error)) from None
+        (text, limits, heading), kind = f.metadata.values(), type(f.default)
+        group = parser.add_argument_group(heading) if heading else group
+        words = "|".join(filter(None, limits)) if kind is str else None
+        value = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": words or None}
+        text += f" (default {f.default})" if f.default not in ("", False) else ""
+        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=text, **value)
+    parser.error = lambda message: require(False, message)
+    given, unknown = parser.parse_known_args(arguments)
     for word in unknown:
-        near = suggest(word, map(flag, Config.__annotations__))
-        raise InputError(f"unknown option {word}{near}; python ptrag.py --help lists all")
+        require_known(word, [flag(f.name) for f in fields(Config)], f"unknown option {word}; see --help")
     given = vars(given)
     if "resume" in given:
         folder, stored = Path(given["resume"]), read_config(given["resume"])
@@ -863,9 +812,9 @@ def configure(arguments):
             require(name in FOR_RESUMING and (name != "steps" or value >= before) or value == before,
                     f"{folder}: cannot be resumed with {flag(name)} {before} -> {value}")
         return check(replace(stored, **{**given, "resume": ""})), folder
-    if "predict" in given:
-        for name in given:
-            require(name in FOR_PREDICTION, f"{flag(name)} goes with training, not with --predict")
+    for name, value in given.items():
+        fits = name in FOR_PREDICTION if "predict" in given else name not in ("cell_line", "model", "output")
+        require(fits, f"{flag(name)} {value}: goes with{'out' * ('predict' in given)} --predict GENE,GENE")
     start = {"cells": 500} if "predict" in given else {} if "data" in given else DEMO
     return check(replace(Config(), **{**start, **PRESETS.get(given.get("preset"), {}), **given})), None
 
@@ -933,10 +882,10 @@ def open_data(config, need_split=True):
 
 def device_of(config):
     """The device named, else a GPU where there is one. InputError if it is not there."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    require(device.type == "cpu" or (device.index or 0) < torch.cuda.device_count(),
-            f"--device {config.device}: there is no such device here; --device cpu always works")
-    return device
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    there = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    require(config.device in ("", *there), f"--device {config.device}: must be one of {', '.join(there)}")
+    return torch.device(config.device or there[0])
 
 
 def pool_of(name, dataset, split):
@@ -958,62 +907,28 @@ def build_model(config, dataset, split):
     return model
 
 
-LOG_COLUMNS = ("method", "seed", "step", "loss", "energy", "sparsity", "validation")
-
-
 def log_row(config, step, sampler, checkpoint):
     """A `Step` as a row of log.csv. Raises Diverged, naming the condition, where a number is not finite."""
     energy, sparsity = step.energy.cpu(), step.sparsity.item()  # (B,)
     if not (torch.isfinite(energy).all() and torch.isfinite(step.norm)):
-        batch = sampler.draw(step.number, [int(energy.nan_to_num(nan=math.inf).argmax())])
-        line = sampler.dataset.cell_lines[batch.cell_line[0]]
-        gene = sampler.dataset.perturbations[batch.perturbation[0]]
-        kept = f"the last checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        worst, dataset = int(energy.nan_to_num(nan=math.inf).argmax()), sampler.dataset
+        batch = sampler.draw(step.number, [worst])
+        line, gene = dataset.cell_lines[batch.cell_line[0]], dataset.perturbations[batch.perturbation[0]]
         raise Diverged(f"{config.method}-{config.seed}: loss or gradient is not finite at step {step.number} "
-                       f"(condition {line} / {gene}); {kept}; try a smaller --lr")
+                       f"(condition {line} / {gene}): try a smaller --lr; {checkpoint}, if any, is older")
     energy = energy.mean().item()
     loss = energy + config.sparsity * sparsity
     return config.method, config.seed, step.number, loss, energy, sparsity, step.validation
 
 
-def show_progress(config, row, validation, seconds, end_line):
-    """A line of progress, overwritten on a terminal; seconds: what a step takes."""
-    import data
-    (method, seed, step, loss), left = row[:4], round((config.steps - row[2]) * seconds)
-    best = "-" if math.isinf(validation) else f"{validation:.4f}"
-    line = (f"{f'{method}-{seed}':<16} step {step}/{config.steps}  loss {loss:.4f}  validation {best}  "
-            f"{config.sets * config.cells / seconds:,.0f} cells/s  "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-    terminal = sys.stdout.isatty()
-    data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not end_line else "\n")
-
-
-def advise(left, step, forward, device):
-    """Says what helps in a run of hours, and where busy cores make several threads slower than one.
-    left, step: seconds to go, and of a step; forward: passes a batch through the model, without gradient."""
-    import timeit
-    import data
-    if left > 3600:
-        data.say(f"at this speed all methods together train for {left / 3600:.1f} hours; less: --steps, "
-                 "--method, --seeds, --sets, --cells, --top-k, --hidden, --layers, --feed-forward")
-    if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
-        torch.set_num_threads(1)
-        slower = step / (3 * timeit.timeit(forward, number=1))  # forward and backward are three times that
-        torch.set_num_threads(threads)
-        if slower > 1.5:
-            data.say(f"{threads} threads take {slower:.0f} times as long as one would, the cores are busy: "
-                     "--threads 1 is faster")
-
-
-def train_one(config, folder, dataset, split, validation, log, identity, models, asked):
+def train_one(config, folder, dataset, split, validation, log, models, asked):
     """Trains one method with one seed from its last checkpoint on, adds its rows to the log: the model.
-
-    validation: see `train`; identity: of the data, for checkpoints; models: this one and those still to come.
-    Once `asked` holds anything: KeyboardInterrupt, after the step is finished and saved. Raises Diverged.
-    """
+    validation: see `train`; models: how many are still to come, this one among them. Once `asked` holds
+    anything: KeyboardInterrupt, after the step is finished and saved. Raises Diverged."""
     import data
     (rank, size), device, before = ranks(), device_of(config), len(log)
-    checkpoint = folder / f"checkpoint-{config.method}-{config.seed}.pt"
+    name, terminal = f"{config.method}-{config.seed}", sys.stdout.isatty()
+    checkpoint = folder / f"checkpoint-{name}.pt"
     model, progress = build_model(config, dataset, split).to(device), Progress()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     if checkpoint.exists():
@@ -1022,14 +937,12 @@ def train_one(config, folder, dataset, split, validation, log, identity, models,
         restore(optimizer, saved["optimizer"], checkpoint)
         progress = Progress(saved["step"], saved["validation"], saved["best"])
         log += saved["log"]
-        if progress.step < config.steps:
-            data.say(f"{config.method}-{config.seed}: continues after step {progress.step}")
     sampler = data.SetSampler(dataset, split.train, config.cells, config.seed)
     sets = range(rank * config.sets // size, (rank + 1) * config.sets // size)
     batches = data.prefetch(sampler, range(progress.step + 1, config.steps + 1), sets)
     waiting, first, began, shown = [], progress.step, time.monotonic(), -math.inf
     for step in train(model, optimizer, batches, validation, config, progress):
-        done, last, stopping = step.number - first, step.number == config.steps, bool(asked)
+        stopping = bool(asked)
         if size > 1:  # all log the same numbers and leave the loop at the same step
             shared = torch.zeros(config.sets + 2, device=device)
             shared[sets.start:sets.stop] = step.energy
@@ -1037,22 +950,19 @@ def train_one(config, folder, dataset, split, validation, log, identity, models,
             torch.distributed.all_reduce(shared)
             step, stopping = step._replace(energy=shared[:-2], sparsity=shared[-2]), bool(shared[-1])
         waiting.append(step)
-        save = last or stopping or step.number % config.checkpoint_every == 0
-        show = last or stopping or time.monotonic() - shown > (0.2 if sys.stdout.isatty() else 10)
-        if save or show or done in (1, 6):
+        last = stopping or step.number == config.steps
+        save = last or step.number % config.checkpoint_every == 0
+        if save or time.monotonic() - shown > (0.2 if terminal else 10):
             log += [log_row(config, step, sampler, checkpoint) for step in waiting]
-            waiting, now = [], time.monotonic()
-        if done == 1:  # it warms up
-            warm = now
-        if done == 6:
-            batch, each = sampler.draw(step.number, range(config.sets)), (now - warm) / 5
-            advise(each * (models * config.steps - step.number), each,
-                   lambda: validate(model, [batch], config, device), device)
-        if show:
-            shown = now
-            show_progress(config, log[-1], progress.validation, (now - began) / done, last or stopping)
+            waiting, shown = [], time.monotonic()
+            rate = (step.number - first) / (shown - began)  # steps a second
+            speed, left = rate * config.sets * config.cells, (models * config.steps - step.number) / rate
+            line = (f"{name:<16} step {step.number}/{config.steps}  loss {log[-1][3]:.4f}  validation "
+                    f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left))} left")
+            data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             data.write_csv(folder / "log.csv", LOG_COLUMNS, log)
+            identity = data.fingerprint(dataset, split)
             save_tensors(checkpoint, format="checkpoint", fingerprint=identity, **vars(progress),
                          log=log[before:], model=model.state_dict(), optimizer=optimizer.state_dict())
         if stopping:
@@ -1063,9 +973,9 @@ def train_one(config, folder, dataset, split, validation, log, identity, models,
 def train_all(config, folder, dataset, split):
     """Trains every method with every seed, each saved as it is done: {"METHOD-SEED": model}."""
     import data
-    models, log, validation, identity = {}, [], [], data.fingerprint(dataset, split)
+    models, log, validation, asked = {}, [], [], []
     for checkpoint in folder.glob("checkpoint-*.pt"):
-        require(load_tensors(checkpoint, "checkpoint")["fingerprint"] == identity,
+        require(load_tensors(checkpoint, "checkpoint")["fingerprint"] == data.fingerprint(dataset, split),
                 f"{folder}: was trained on other data or another split: resume with the same files")
     if ranks()[0] == 0:
         with data.atomic_output(folder / "config.json") as temporary:  # resumed with more --steps, perhaps
@@ -1074,23 +984,20 @@ def train_all(config, folder, dataset, split):
         held_out = data.SetSampler(dataset, split.validation, config.cells, config.seed, controls_too=False)
         number = min(4, -(-len(split.validation) // config.sets))
         validation = [held_out.draw(i, range(config.sets)) for i in range(number)]
-    seeds = map(int, names_in(config.seeds)) if config.seeds else [config.seed]
-    wanted = [(method, seed) for seed in seeds for method in names_in(config.method)]
-    asked = []
+    seeds, methods = config.seeds or str(config.seed), config.method
+    wanted = [replace(config, method=method, seed=int(seed))
+              for seed in seeds.split(",") for method in methods.split(",")]
 
     def finish_the_step(number, frame):  # on Ctrl-C and SIGTERM, which cluster schedulers send
-        if asked:  # the second time stop at once
-            raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(signal.signal(number, signal.default_int_handler))  # a second one stops at once
     with contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGINT, signal.SIGTERM):
             at_the_end.callback(signal.signal, number, signal.signal(number, finish_the_step))
-        for number, (method, seed) in enumerate(wanted):
-            one = replace(config, method=method, seed=seed)
-            model = models[f"{method}-{seed}"] = train_one(
-                one, folder, dataset, split, validation, log, identity, len(wanted) - number, asked)
+        for number, one in enumerate(wanted):
+            model = train_one(one, folder, dataset, split, validation, log, len(wanted) - number, asked)
             pool = pool_of(config.test_pool or config.pool, dataset, split)
             model.retrieve_from(pool.to(model.pool.device))
+            models[f"{one.method}-{one.seed}"] = model
             if ranks()[0] == 0:
                 states = {name: model.state_dict() for name, model in models.items()}
                 save_tensors(folder / "model.pt", format="model", genes=model.genes, models=states,
@@ -1107,7 +1014,7 @@ def run_training(config, folder=None):
     began, (rank, size) = time.monotonic(), ranks()
     require(config.sets % size == 0, f"--sets {config.sets} cannot be shared equally by {size} processes")
     dataset, split = open_data(config)
-    for method in names_in(config.method):  # a pool that is too small shows before anything is written
+    for method in config.method.split(","):  # a pool that is too small shows before anything is written
         model = build_model(replace(config, method=method), dataset, split)
         model.retrieve_from(pool_of(config.test_pool or config.pool, dataset, split), config.hard_negatives)
     if rank == 0:
@@ -1117,76 +1024,48 @@ def run_training(config, folder=None):
         torch.distributed.broadcast_object_list(shared := [folder])
         folder, = shared
     with data.locked(folder) if rank == 0 else contextlib.nullcontext():
-        train, validation, test = (len(part) for part in (split.train, split.validation, split.test))
         data.say("\n".join([
             *dataset.notes, *split.notes, f"{dataset.name}: {(dataset.perturbation >= 0).sum():,} cells, "
-            f"{len(dataset.genes):,} genes, {len(dataset.cell_lines)} cell lines; {config.split}: {train} "
-            f"conditions train, {validation} validate, {test} test; writing {folder}/"]))
+            f"{len(dataset.genes):,} genes, {len(dataset.cell_lines)} cell lines; {config.split}: "
+            f"{len(split.train)} conditions train, {len(split.validation)} validate, {len(split.test)} test; "
+            f"writing {folder}/"]))
         try:
             models = train_all(config, folder, dataset, split)
+            if size > 1:
+                torch.distributed.destroy_process_group()  # one goes on alone
             if rank == 0:
                 evaluate.write_predictions(folder, models, dataset, split, config)
-                evaluate.evaluate_runs([str(folder)], dataset, split)
+                evaluate.evaluate_runs([folder], dataset, split)
                 data.say(f"{time.monotonic() - began:.0f} s in all")
         except KeyboardInterrupt:
-            resume = f"; python ptrag.py --resume {folder} continues"
-            raise KeyboardInterrupt(resume if any(folder.glob("checkpoint-*.pt")) else "") from None
-        if size > 1:
-            torch.distributed.barrier()  # processes leave together
+            raise KeyboardInterrupt(f"; python ptrag.py --resume {folder} continues") from None
 
 
-def test_result(run, method):
-    """A line that says how good the run's predictions were in its test, if that is known."""
-    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(run) / "summary.csv") as file:
-        for row in csv.DictReader(file):
-            if (row["method"], row["metric"]) == (method, "sw1"):
-                yield (f"{run}: in its test {method} stood at {float(row['position']):.2f} on SW1 (0: as far "
-                       "from real cells as no change, 1: as near as other real cells)")
-
-
-def show_prediction(model, cells, control, candidates, similarity, probability):
-    """Prints which genes change most, and which candidates were used most (see `used_candidates`)."""
-    import data
-    change = cells.mean(0) - control.mean(0)  # (G,)
-    most = [f"{model.genes[i]} {change[i]:+.2f}" for i in np.argsort(-abs(change), kind="stable")[:10]]
-    data.say(f"  changes most (mean log1p): {', '.join(most)}")
-    if impossible := (cells > math.log1p(10_000)).sum():
-        data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
-    order = np.argsort(-np.nan_to_num(probability), kind="stable")[:10]
-    if used := [f"{candidates[i]} {probability[i]:.2f}".removesuffix(" nan") for i in order]:
-        data.say(f"  neighbours used (probability): {', '.join(used)}")
-
-
-def run_prediction(config, method=None):
+def run_prediction(config):
     """Predicts cells for genes, perturbed in the data or not, writes them and prints what changes most."""
     import data
-    stored, model = read_config(config.model), load(config.model, method).to(device_of(config))
+    stored, method = read_config(config.model), None if config.method == Config.method else config.method
+    model = load(config.model, method).to(device_of(config))
     model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
-    require(stored.data or config.data or not config.genept,
-            f"--genept {config.genept}: the model's data are simulated, with embeddings of their own")
-    stored = replace(stored, genept=config.genept or stored.genept)
-    if config.data:  # all its genes, the model's among them
-        genept = stored.genept if config.genept or Path(stored.genept).is_file() else ""
-        stored = replace(config, genept=genept, hvg=10**6)
-    dataset, _ = open_data(stored, need_split=not config.data)
+    source = replace(config, hvg=10**6) if config.data else stored  # all its genes, the model's among them
+    kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""
+    source = check(replace(source, genept=config.genept or kept))
+    dataset, _ = open_data(source, need_split=not config.data)
     lines = [name.lower() for name in dataset.cell_lines]
     wanted = config.cell_line.lower() or ",".join(lines)  # the only one
-    require(wanted in lines,
-            f"--cell-line {config.cell_line}: {dataset.name} has {data.listed(dataset.cell_lines, 20)}")
-    line = lines.index(wanted)
+    require(wanted in lines, f"--cell-line {config.cell_line}: must be of {', '.join(dataset.cell_lines)}")
     known, embedded = model.perturbations[1:], dict(zip(dataset.embedding_genes, dataset.embeddings))
-    genes = known if config.predict == "all" else names_in(config.predict)
+    genes = known if config.predict == "all" else config.predict.split(",")
     new = [gene for gene in genes if gene not in known]
     for gene in new:
-        near = suggest(gene, [*known, *embedded])
-        require(gene in embedded, f"--predict {gene}: no embedding in the model or in {dataset.name}{near}; "
-                "--genept FILE adds some")
+        require_known(gene, [*known, *embedded], f"--predict {gene}: no embedding in the model or in "
+                      f"{dataset.name}; --genept FILE adds some")
     if new:
-        add_perturbations(model, new, np.stack([embedded[gene] for gene in new]))
+        add_perturbations(model, new, [embedded[gene] for gene in new])
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
-    data.say("\n".join([*dataset.notes, *notes, *test_result(config.model, model.config.method)]))
-    controls, n, rng = dataset.cells(line, 0), config.cells, np.random.default_rng(config.seed)
-    rows = np.sort(rng.choice(controls, n, replace=n > len(controls)))  # (n,)
+    data.say("\n".join([*dataset.notes, *notes]))
+    line, n, rng = lines.index(wanted), config.cells, np.random.default_rng(config.seed)
+    rows = np.sort(data.pick(rng, dataset.cells(line, 0), n))  # (n,)
     control, neighbours = aligned(rows), {}  # (n, G)
     codes = {group: code for code, group in enumerate(model.gem_groups)}  # an unknown one counts as the first
     gem_group = np.array([codes.get(dataset.gem_groups[code], 0) for code in dataset.gem_group[rows]])
@@ -1195,15 +1074,21 @@ def run_prediction(config, method=None):
         for number, gene in enumerate(genes):
             cells, probability = predict(model, control, gene, gem_group, seed=config.seed)
             neighbours[gene] = used_candidates(model, gene, probability)
-            data.say(f"{gene} in {dataset.cell_lines[line]}")
-            show_prediction(model, cells, control, **neighbours[gene])
+            names, _, use = neighbours[gene].values()
+            change = cells.mean(0) - control.mean(0)  # (G,)
+            most, best = (np.argsort(-np.abs(x), kind="stable")[:10] for x in (change, np.nan_to_num(use)))
+            data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): "
+                     + ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most))
+            if names:
+                shown = [f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best]
+                data.say(f"  neighbours used (probability): {', '.join(shown)}")
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 
     obs = {"perturbation": np.repeat(genes, n).tolist(), "control_cell": np.tile(rows, len(genes)),
            "cell_line": [dataset.cell_lines[line]] * (n * len(genes))}
     about = {"units": data.UNITS, "neighbours": neighbours,  # filled while the cells are written
              "model": {"method": model.config.method, "run": config.model, "split": model.config.split}}
-    inputs = [stored.data, stored.genept, *Path(config.model).glob("*")]
+    inputs = [source.data, source.genept, *Path(config.model).glob("*")]
     data.write_anndata(config.output, model.genes, obs, blocks(), n * len(genes), about, inputs)
     data.say(f"wrote {config.output}: {len(genes)} x {n} predicted cells")
 
@@ -1212,26 +1097,20 @@ def run(arguments):
     """What the command line asks for, in one process or in those that torchrun started."""
     config, folder = configure(arguments)
     device = device_of(config)  # one that is not there shows before anything is written
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun started several
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if ranks()[0] > 0:
-            sys.stdout = open(os.devnull, "w")  # one process speaks for all
-        if config.predict:
-            run_prediction(config, None if config.method == Config.method else config.method)
-        else:
-            run_training(config, folder)
-    finally:
-        if ranks()[1] > 1:
-            torch.distributed.destroy_process_group()
+    if ranks()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    return run_prediction(config) if config.predict else run_training(config, folder)
 
 
 def main(arguments=None):
     """The command line: 0 done, 1 numbers diverged, 2 something given cannot be used, 130 stopped."""
     import data
-    return data.status_of(run, sys.argv[1:] if arguments is None else arguments)
+    return data.status_of(run, arguments)
 
 
 if __name__ == "__main__":
