@@ -100,8 +100,8 @@ def atomic_output(path, inputs=()):
 
     Any failure to write is a `DataError` that names `path`; so is a path that is one of the files `inputs`.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{path}: is a directory or a device; name the file to write")
+    if not str(path).isprintable() or os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: no plain name, a directory or a device; name the file to write")
     if os.path.exists(path) and any(os.path.samefile(path, used) for used in inputs if os.path.exists(used)):
         raise DataError(f"{path}: is an input; name another file to write")
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")

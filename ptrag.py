@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import json
 import math
@@ -28,6 +29,7 @@ import re
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -805,6 +807,8 @@ def configure(arguments):
     for word in unknown:
         require_known(word, [flag(f.name) for f in fields(Config)], f"unknown option {word}; see --help")
     given = vars(given)
+    for name in given.keys() & {"method", "seeds", "predict"}:  # lists, which may have spaces
+        given[name] = ",".join(map(str.strip, given[name].split(",")))
     if "resume" in given:
         folder, stored = Path(given["resume"]), read_config(given["resume"])
         for name, value in given.items():
@@ -921,6 +925,22 @@ def log_row(config, step, sampler, checkpoint):
     return config.method, config.seed, step.number, loss, energy, sparsity, step.validation
 
 
+def advise(step, left, forward, device):
+    """Says what helps a run of hours, and where busy cores make several threads slower than one.
+    step, left: seconds of a step, and to go; forward: passes a batch through the model, without gradient."""
+    import data
+    if left > 3600:
+        data.say(f"at this speed all methods together train for {left / 3600:.1f} hours; less: --steps, "
+                 "--method, --seeds, --sets, --cells, --top-k, --hidden, --layers, --feed-forward")
+    if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
+        torch.set_num_threads(1)
+        slower = step / (3 * timeit.timeit(forward, number=1))  # forward and backward are three times that
+        torch.set_num_threads(threads)
+        if slower > 1.5:
+            data.say(f"{threads} threads take {slower:.0f} times as long as one would, the cores are busy: "
+                     "--threads 1 is faster")
+
+
 def train_one(config, folder, dataset, split, validation, log, models, asked):
     """Trains one method with one seed from its last checkpoint on, adds its rows to the log: the model.
     validation: see `train`; models: how many are still to come, this one among them. Once `asked` holds
@@ -952,6 +972,12 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
         waiting.append(step)
         last = stopping or step.number == config.steps
         save = last or step.number % config.checkpoint_every == 0
+        if step.number == first + 1:  # it warms up
+            warm = time.monotonic()
+        if step.number == first + 6:
+            each, batch = (time.monotonic() - warm) / 5, sampler.draw(step.number, range(config.sets))
+            advise(each, each * (models * config.steps - step.number),
+                   lambda: validate(model, [batch], config, device), device)
         if save or time.monotonic() - shown > (0.2 if terminal else 10):
             log += [log_row(config, step, sampler, checkpoint) for step in waiting]
             waiting, shown = [], time.monotonic()
@@ -1032,7 +1058,8 @@ def run_training(config, folder=None):
         try:
             models = train_all(config, folder, dataset, split)
             if size > 1:
-                torch.distributed.destroy_process_group()  # one goes on alone
+                torch.distributed.barrier()  # processes leave together, the first goes on alone
+                torch.distributed.destroy_process_group()
             if rank == 0:
                 evaluate.write_predictions(folder, models, dataset, split, config)
                 evaluate.evaluate_runs([folder], dataset, split)
@@ -1063,6 +1090,10 @@ def run_prediction(config):
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
+    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
+        notes += [f"{config.model}: in its test {row['method']} stood at {float(row['position']):.2f} on SW1 "
+                  "(0: as far from real cells as no change, 1: as near as other real cells)" for row in
+                  csv.DictReader(file) if (row["method"], row["metric"]) == (model.config.method, "sw1")]
     data.say("\n".join([*dataset.notes, *notes]))
     line, n, rng = lines.index(wanted), config.cells, np.random.default_rng(config.seed)
     rows = np.sort(data.pick(rng, dataset.cells(line, 0), n))  # (n,)
@@ -1079,6 +1110,8 @@ def run_prediction(config):
             most, best = (np.argsort(-np.abs(x), kind="stable")[:10] for x in (change, np.nan_to_num(use)))
             data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): "
                      + ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most))
+            if impossible := (cells > math.log1p(10_000)).sum():
+                data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
             if names:
                 shown = [f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best]
                 data.say(f"  neighbours used (probability): {', '.join(shown)}")

@@ -143,7 +143,7 @@ def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_an
                                               (3000, 0.5, ["2 threads take", "--threads 1"])])
 def test_a_long_run_and_one_that_busy_cores_slow_down_are_told_what_helps(left, step, said, capsys):
     torch.set_num_threads(2)
-    ptrag.advise(left, step, lambda: time.sleep(0.01), torch.device("cpu"))
+    ptrag.advise(step, left, lambda: time.sleep(0.01), torch.device("cpu"))
     printed, threads = capsys.readouterr().out, torch.get_num_threads()
     torch.set_num_threads(1)
     assert threads == 2 and bool(said) == bool(printed) and all(words in printed for words in said)
@@ -288,7 +288,8 @@ def test_a_run_resumes_with_more_steps_but_not_with_other_data(copy, files, refu
 
 
 @pytest.mark.parametrize("size, options, word, changed", [
-    (500, f"{TINY} --name new --steps 2 --method state", "runs/new", ["new", ".lock"]), (5_000, PREDICT, "out.h5ad", []),
+    (500, f"{TINY} --name new --steps 2 --method state", "runs/new", ["new", ".lock"]),
+    (5_000, PREDICT, "out.h5ad", []),
     (6_000, f"{RESUME} --steps 5", "checkpoint-ptrag-0.pt", ["config.json", "log.csv"]),
     (60_000, RESUME, "predictions.h5ad", [])])
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(copy, refused, size, options, word, changed):
