@@ -22,7 +22,7 @@ import sys
 import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -60,31 +60,24 @@ class Moments(NamedTuple):
     count: int
 
 
-def add_up(blocks, square):
-    """Count and mean of cells in blocks (n, G); means of the cells less a first mean, and of their `square`.
-    """
+def moments(blocks, square=lambda cells: (cells ** 2).sum(0)):
+    """`Moments` of cells that arrive in blocks (n, G); covariance (G, G) if `square` is X -> X' X."""
     count, shift, total, squares = 0, None, 0.0, 0.0
     for block in blocks:
         block = np.asarray(block, dtype=np.float64)
-        shift = block.mean(0) if shift is None else shift
+        shift = block.mean(0) if shift is None else shift  # near the mean: no digits are lost in the squares
         block = block - shift
         count, total, squares = count + len(block), total + block.sum(0), squares + square(block)
-    return count, shift + total / count, total / count, squares / count
-
-
-def moments(blocks):
-    """`Moments` of cells that arrive in blocks (n, G)."""
-    count, mean, offset, squares = add_up(blocks, lambda block: (block ** 2).sum(0))
-    freedom = count - 1 if count > 1 else math.nan
-    return Moments(mean, np.maximum(squares - offset ** 2, 0) * count / freedom, count)
+    offset, freedom = total / count, count - 1 if count > 1 else math.nan
+    return Moments(shift + offset, (squares / count - square(offset[None])) * count / freedom, count)
 
 
 def fit_pca(blocks, components=50):
     """Principal axes of cells that arrive in blocks (n, G): centre (G,) and axes (G, d), both float32.
     Centred, not scaled; covariance in float64, decomposed exactly, no seed; each axis has its largest entry
     positive. d = min(components, cells - 1, genes - 1), less the directions without any variance."""
-    count, centre, offset, products = add_up(blocks, lambda block: block.T @ block)
-    values, vectors = torch.linalg.eigh(torch.from_numpy(products - np.outer(offset, offset)))
+    centre, covariance, count = moments(blocks, lambda cells: cells.T @ cells)
+    values, vectors = torch.linalg.eigh(torch.from_numpy(np.nan_to_num(covariance)))
     varied = int((values > 1e-10 * values[-1].clamp(min=1e-30)).sum())
     axes = vectors.flip(1)[:, :max(0, min(components, count - 1, len(centre) - 1, varied))]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # sliced distances would see the sign
@@ -262,46 +255,39 @@ class Contender(NamedTuple):
     cells: Callable
 
 
-@dataclass
+class Measured(NamedTuple):
+    """All measurements of a condition."""
+    names: tuple             # cell line, perturbation
+    counts: tuple            # real cells, predicted cells
+    rows: dict               # (label, seed) -> (2, M): ALL_CELLS; half A of the real and |half B| cells
+    points: list             # of at most 60 control, real, predicted cells: (60, 2), fewer where PCA has fewer
+    impossible: int = 0      # predicted values that no cell has
+    split: str = ""
+    untrained: bool = False  # no training condition perturbs the gene
+
+
 class Results:
-    """All measurements of a table."""
-    dataset: object
-    conditions: list       # C pairs (cell line, perturbation)
-    rows: list             # R pairs (label, seed): anchors, baselines, contenders
-    measured: np.ndarray   # (2, R, C, M): ALL_CELLS; EQUAL_COUNTS, half A of the real against |half B| cells
-    counts: np.ndarray     # (C, 2) real cells; predicted cells
-    points: np.ndarray     # (C, 3, 60, 2) of at most 60 control, real, predicted cells, else nan
-    splits: list           # C names of splits
-    untrained: np.ndarray  # (C,) bool: no training condition perturbs the gene
-    notes: list = field(default_factory=list)
+    """A table: its conditions, R rows (label, seed) of anchors, baselines, contenders, (2, R, C, M) measured
+    values, nan where a condition does not have a row, notes, and the label of the row that the others are
+    tested against, PT-RAG's, None without one."""
 
-    @property
-    def labels(self):
-        return list(dict.fromkeys(label for label, _ in self.rows))
-
-    @property
-    def reference(self):
-        """Label of the row the others are tested against, PT-RAG's; None without one."""
-        return next((label for label in self.labels if label.split("/")[-1] == "ptrag"), None)
+    def __init__(self, conditions, notes=()):
+        self.conditions, self.notes = conditions, [*notes]
+        self.rows = list(dict.fromkeys(row for condition in conditions for row in condition.rows))
+        missing = np.full((2, len(COLUMNS)), np.nan)
+        values = [[condition.rows.get(row, missing) for condition in conditions] for row in self.rows]
+        self.measured = np.moveaxis(np.array(values), 2, 0)
+        self.labels = list(dict.fromkeys(label for label, _ in self.rows))
+        self.reference = next(filter(is_reference, self.labels), None)
 
     def values(self, label, metric, comparison=EQUAL_COUNTS):
         """(seeds, C) values of the rows of a label."""
         return self.measured[comparison, [row[0] == label for row in self.rows], :, COLUMNS.index(metric)]
 
 
-def pool_results(parts):
-    """`Results` of several splits as one; a row that a split does not have is nan there."""
-    rows = list(dict.fromkeys(row for part in parts for row in part.rows))
-    measured = [np.full((2, len(rows), len(part.splits), len(COLUMNS)), np.nan) for part in parts]
-    for values, part in zip(measured, parts):
-        values[:, [rows.index(row) for row in part.rows]] = part.measured
-        part.notes = [f"{part.splits[0]}: " * (len(parts) > 1) + note for note in part.notes]
-    joined = {name: [item for part in parts for item in getattr(part, name)]
-              for name in ("conditions", "splits", "notes")}
-    return Results(parts[0].dataset, rows=rows, measured=np.concatenate(measured, axis=2), **joined,
-                   counts=np.concatenate([part.counts for part in parts]),
-                   points=np.concatenate([part.points for part in parts]),
-                   untrained=np.concatenate([part.untrained for part in parts]))
+def is_reference(label):
+    """Whether a row is PT-RAG's, perhaps of one run among several."""
+    return label.split("/")[-1] == "ptrag"
 
 
 def names_of(dataset, condition):
@@ -353,55 +339,54 @@ def describe_line(dataset, conditions, control, pick, seed):
 def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures anchors, baselines and contenders on every condition, a cell line after the other: `Results`.
     baselines: label -> condition -> response (G,); controls: see `control_moments`."""
-    rows = [(label, "") for label in (*ANCHORS, *baselines)] + [(c.label, c.seed) for c in contenders]
-    C, impossible = len(conditions), 0
-    results = Results(dataset, conditions, rows, np.full((2, len(rows), C, len(COLUMNS)), np.nan),
-                      np.zeros((C, 2), int), np.full((C, 3, 60, 2), np.nan), [""] * C, np.zeros(C, bool))
-    if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
-        results.notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
+    found, C = {}, len(conditions)
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
     threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
     for code in sorted({line for line, _ in conditions}):
-        of_line = [i for i, (line, _) in enumerate(conditions) if line == code]
-        line = describe_line(dataset, [conditions[i] for i in of_line], controls[code], pick, seed)
-
-        def one(truth, i, line=line):
-            predicted = [contender.cells(conditions[i]) for contender in contenders]
-            measure_condition(results, i, line, truth, pick(conditions[i]), predicted, baselines, seed)
-            return sum(int((population > HIGHEST).sum()) for population in predicted)
-
-        for number in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
-            impossible += number
+        of_line = [condition for condition in conditions if condition[0] == code]
+        line = describe_line(dataset, of_line, controls[code], pick, seed)
+        one = functools.partial(measure_condition, dataset, line, contenders, baselines, pick, seed)
+        for measured in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
+            found[measured.names] = measured
             if sys.stdout.isatty():
-                done = (results.counts[:, 0] > 0).sum()
-                print(f"\revaluating condition {done} of {C}", end="" if done < C else "\r\x1b[K", flush=True)
-    if impossible:
-        results.notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
-    return results
+                end = "" if len(found) < C else "\r\x1b[K"
+                print(f"\revaluating condition {len(found)} of {C}", end=end, flush=True)
+    notes = []
+    if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
+        notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
+    if impossible := sum(measured.impossible for measured in found.values()):
+        notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
+    return Results([found[names_of(dataset, condition)] for condition in conditions], notes)
 
 
-def measure_condition(results, i, line, truth, cells, predicted, baselines, seed):
-    """Condition i, profile `truth` of its line, into `results`; cells: rows of real and of control cells;
-    predicted: cells (m, G) of each contender."""
-    dataset, condition = results.dataset, results.conditions[i]
-    names, (real, control) = names_of(dataset, condition), (dataset.expression[rows] for rows in cells)
+def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, condition):
+    """`Measured` of a condition, number `truth` of its line; the others: see `measure`, `describe_line`."""
+    names = names_of(dataset, condition)
+    real, control = (dataset.expression[rows] for rows in pick(condition))
     excluded = np.isin(dataset.genes, names[1].split("+"))
-    half_a, half_b = halves(names, len(real), seed)
-    half_b = half_b[:min([len(half_b), *map(len, predicted)])]
+    predicted = [contender.cells(condition) for contender in contenders]
     shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
     populations = [control, *shifted, *predicted]
-    whole = list(map(line.population, populations))
-    results.measured[ALL_CELLS, 2:, i] = condition_rows(real, whole, line, ALL_CELLS, truth, excluded)
-    if len(half_b):
-        mean = np.float32(real[half_b].mean(0, keepdims=True, dtype=np.float64))
-        equal = [real[half_b], np.repeat(mean, len(half_b), axis=0)]  # ceiling and collapse
-        equal += [cells[seeded_subset(names, len(cells), len(half_b), seed)] for cells in populations]
-        results.measured[EQUAL_COUNTS, :, i] = condition_rows(
-            real[half_a], list(map(line.population, equal)), line, EQUAL_COUNTS, truth, excluded)
-    results.counts[i] = len(real), len(predicted[0]) if predicted else len(real)
-    pictured = next((k for k, row in enumerate(results.rows[2:]) if row[0] == results.reference), -1)
-    for kind, (points, _) in enumerate((whole[0], line.population(real), whole[pictured])):
-        results.points[i, kind, :len(points), :points.shape[1]] = points[:60, :2]  # copied, not kept alive
+    values = np.full((2, 2 + len(populations), len(COLUMNS)), np.nan)
+
+    def compare(comparison, real, populations):
+        populations = list(map(line.population, populations))
+        values[comparison, -len(populations):] = condition_rows(
+            real, populations, line, comparison, truth, excluded)
+
+    compare(ALL_CELLS, real, populations)
+    half_a, half_b = halves(names, len(real), seed)
+    if n := min([len(half_b), *map(len, predicted)]):
+        ceiling = real[half_b[:n]]
+        collapse = np.repeat(np.float32(ceiling.mean(0, keepdims=True, dtype=np.float64)), n, axis=0)
+        equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
+        compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
+    rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
+    shown = next((k for k, (label, _) in enumerate(rows[-len(predicted):]) if is_reference(label)), -1)
+    pictured = [line.population(cells[:60])[0] for cells in (control, real, predicted[shown])]
+    impossible = sum(int((cells > HIGHEST).sum()) for cells in predicted)
+    return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))),
+                    [points[:, :2].numpy().copy() for points in pictured], impossible)
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -525,7 +510,7 @@ def summarise(results):
     floor) / (ceiling - floor), nan where the ceiling is not better; narrow: the collapse beats it by over 0.1
     % of that gap; p, p_adjusted: Mann-Whitney U against the reference row, Benjamini-Hochberg over the table.
     untrained: conditions in which a one-hot row uses a column that nothing has trained."""
-    summary = []
+    summary, untrained = [], sum(condition.untrained for condition in results.conditions)
     for label, (metric, (_, sign)) in itertools.product(results.labels, METRICS.items()):
         better = lambda a, b: (a - b) * sign > 1e-6 * np.maximum(np.abs(a), np.abs(b))  # more than rounding
         values, equal = results.values(label, metric, ALL_CELLS), results.values(label, metric)
@@ -545,7 +530,7 @@ def summarise(results):
             "position": (mean_equal - floor) / gap if better(ceiling, floor) else math.nan,
             "narrow": int(better(collapse, ceiling) and abs(collapse - ceiling) > 1e-3 * abs(gap)),
             "p": math.nan, "p_adjusted": math.nan, "reference_better": math.nan, "compared": 0,
-            "untrained": int(results.untrained.sum()) if label.split("/")[-1] == "state" else 0}
+            "untrained": untrained * (label.split("/")[-1] == "state")}
         if results.reference not in (None, label) and label not in (CEILING, COLLAPSE):
             pair = np.stack([average(equal, 0), average(results.values(results.reference, metric), 0)])
             theirs, ours = pair[:, ~np.isnan(pair).any(0)]
@@ -614,18 +599,17 @@ def describe_selection(probability):
     return f"selection {state} (probability {mean:.2f} ± {spread:.2f} over conditions and candidates)"
 
 
-def describe_retrieval(results, candidates, tasks, empty):
+def describe_retrieval(dataset, results, candidates, tasks, empty):
     """The retrieval report, lines of text for each row of the table that retrieves.
     candidates: rows of retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the
     pool; what the pool is called); empty: label -> share of cells that select nothing (nan without
     selection)."""
     lines, pools = [], data.listed(dict.fromkeys(name for *_, name in tasks.values()))
-    cells = {(split, *names_of(results.dataset, condition)): int(count) for split, condition, count
-             in zip(results.splits, results.conditions, results.counts[:, 1])}
+    cells = {(condition.split, *condition.names): condition.counts[1] for condition in results.conditions}
     for (label,), rows in group(candidates, "label").items():
         groups = group(rows, "split", "seed", "cell_line", "perturbation")
         of_split = lambda split: {key: rows for key, rows in groups.items() if key[0] == split}
-        similarity = np.concatenate([response_similarity(results.dataset, of_split(split), responses, pool)
+        similarity = np.concatenate([response_similarity(dataset, of_split(split), responses, pool)
                                      for split, (responses, pool, _) in tasks.items()])
         near, random, used, unused, correlation = (
             f"{short(average(column))} ({(~np.isnan(column)).sum()})" for column in similarity.T)
@@ -838,13 +822,13 @@ def scatters(results):
     effect = np.nan_to_num(results.values(FLOOR, "energy", ALL_CELLS)[0])
     order, figures = np.argsort(-effect, kind="stable"), []
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
-        points = results.points[i]
-        if not np.isnan(points[:, 0]).any():  # there are two components
-            kinds = zip(("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)"), points)
-            series = [(kind, colour, "dots", cells[~np.isnan(cells[:, 0])]) for kind, colour, cells in kinds]
-            ends = np.nanmin(points, (0, 1)), np.nanmax(points, (0, 1))
-            ticks = [[(low, ""), (high, "")] for low, high in zip(*ends)]
-            name = ": ".join(names_of(results.dataset, results.conditions[i]))
+        condition = results.conditions[i]
+        every = np.concatenate(condition.points)
+        if every.shape[1] == 2:
+            names, colours = ("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)")
+            series = list(zip(names, colours, ["dots"] * 3, condition.points))
+            ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
+            name = ": ".join(condition.names)
             figures.append(figure(f"{name} (floor energy {short(effect[i])})", series, *ticks, 300, 210))
     return figures
 
@@ -1010,7 +994,7 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         runs.setdefault(run[1].split, []).append(run)
     if dataset is None:
         dataset, split = ptrag.open_data(configs[0])
-    parts, tasks, empty, candidates, log = [], {}, {}, [], []
+    conditions, said, tasks, empty, candidates, log = [], [], {}, {}, [], []
     for rule, of_rule in runs.items():
         config, contenders, notes = of_rule[0][1], [], []
         split = split if rule == configs[0].split else data.split(dataset, rule, config.seed)
@@ -1023,16 +1007,17 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
         responses = mean_responses(dataset, fitted + split.test, controls, *cut)
         known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
-        baselines, said = baseline_responses(dataset, split.test, *known, config.top_k)
+        baselines, more = baseline_responses(dataset, split.test, *known, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
         trained = {p for _, p in split.train}
-        parts.append(replace(results, untrained=np.array([p not in trained for _, p in split.test]),
-                             splits=[rule] * len(split.test), notes=results.notes + notes + said))
+        conditions += [measured._replace(split=rule, untrained=p not in trained)
+                       for measured, (_, p) in zip(results.conditions, split.test)]
+        said += [f"{rule}: " * (len(runs) > 1) + note for note in (*results.notes, *notes, *more)]
         pools, name = dict(train=split.train, trainval=fitted), config.test_pool or config.pool
         pool = pools[name] if name in pools else dataset.conditions()
         tasks[rule] = responses, {dataset.perturbations[p] for _, p in pool}, name
-    results = pool_results(parts)
-    retrieval = describe_retrieval(results, candidates, tasks, empty)
+    results = Results(conditions, said)
+    retrieval = describe_retrieval(dataset, results, candidates, tasks, empty)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
     return write_outputs(results, out, dataset.name, say, full, retrieval, candidates, log)
 
@@ -1062,26 +1047,22 @@ def evaluate_files(options, say=data.say):
 
 def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(), log=()):
     """Writes the files and prints the tables: the rows of summary.csv. name: what the cells are from."""
-    seeds, splits = (data.listed(dict.fromkeys(texts), 20) for texts in
-                     ((seed for _, seed in results.rows if seed), results.splits))
-    half, (real, predicted) = int(np.median(results.counts[:, 0] // 2)), results.counts.sum(0)
+    conditions, splits = results.conditions, dict.fromkeys(c.split for c in results.conditions if c.split)
+    seeds = dict.fromkeys(seed for _, seed in results.rows if seed)
+    counts = np.array([c.counts for c in conditions])
+    half, (real, predicted) = int(np.median(counts[:, 0] // 2)), counts.sum(0)
     title = " | ".join(filter(None, [
-        "simulated data" if name == "simulated" else name, splits and f"split {splits}",
-        f"{len(results.conditions)} conditions", f"{real:,} real and {predicted:,} predicted cells",
-        f"equal counts: {half} against {half} cells (median)", seeds and f"seeds {seeds}"]))
-    summaries, pooled = [("", summarise(results))], len(set(results.splits)) > 1
-    codes = np.array([line for line, _ in results.conditions])
-    for code in np.unique(codes) if pooled else []:
-        own = codes == code
-        of_line = replace(results, measured=results.measured[:, :, own], untrained=results.untrained[own])
-        summaries.append((results.dataset.cell_lines[code], summarise(of_line)))
+        "simulated data" if name == "simulated" else name, splits and f"split {data.listed(splits, 20)}",
+        f"{len(conditions)} conditions", f"{real:,} real and {predicted:,} predicted cells",
+        f"equal counts: {half} against {half} cells (median)", seeds and f"seeds {data.listed(seeds, 20)}"]))
+    summaries, pooled = [("", summarise(results))], len(splits) > 1
+    for line in sorted({c.names[0] for c in conditions}) if pooled else []:
+        summaries.append((line, summarise(Results([c for c in conditions if c.names[0] == line]))))
     summary, anyones = summaries[0][1], results.labels[3:] == ["prediction"]  # no floor, no names then
     names = ["method", "seed", "cell_line", "perturbation", "n_real", "n_pred", *CONDITION_COLUMNS, "split"]
-    measured = results.measured[ALL_CELLS][:, :, [COLUMNS.index(name) for name in CONDITION_COLUMNS]]
-    rows = [[*row, *names_of(results.dataset, condition), *counts, *values, split]
-            for row, of_row in list(zip(results.rows, measured.tolist()))[2 + anyones:]
-            for condition, counts, values, split
-            in zip(results.conditions, results.counts.tolist(), of_row, results.splits)]
+    columns = [COLUMNS.index(name) for name in CONDITION_COLUMNS]
+    rows = [[*row, *c.names, *c.counts, *c.rows[row][ALL_CELLS, columns], c.split]
+            for row in results.rows[2 + anyones:] for c in conditions if row in c.rows]
     kept = slice(2 * anyones, len(names) - (not pooled))
     out.mkdir(parents=True, exist_ok=True)
     data.write_csv(out / "metrics.csv", names[kept], [row[kept] for row in rows])

@@ -270,9 +270,9 @@ def test_predictions_of_another_number_of_cells_are_compared_at_equal_counts_and
     dataset = made({("A", "p"): (20, np.ones(6)), ("A", "q"): (8, -np.ones(6))})
     predict = lambda condition: dataset.expression[:7 if condition[1] == 1 else 30]
     found = measured(dataset, predict)
-    assert np.isfinite(found.measured[:, -1]).all() and found.counts.tolist() == [[20, 7], [8, 30]]
+    assert np.isfinite(found.measured[:, -1]).all() and [c.counts for c in found.conditions] == [(20, 7), (8, 30)]
     found = measured(dataset, predict, max_cells=10)
-    assert found.counts[:, 0].tolist() == [10, 8] and "1 of 2 conditions have over 10 cells" in found.notes[0]
+    assert [c.counts[0] for c in found.conditions] == [10, 8] and "1 of 2 conditions have over 10 cells" in found.notes[0]
 
 
 @pytest.mark.parametrize("train, test, top_k, expected, notes", [
@@ -327,8 +327,9 @@ def summarised(rows, anchors=(0, 5, 10), untrained=0):
     values = np.array([seed for seeds in rows.values() for seed in seeds], float)[..., None]  # (R, C, 1)
     values = values + np.zeros((2, 1, 1, len(evaluate.COLUMNS)))
     values[ALL_CELLS, :2] = NAN
-    results = evaluate.Results(None, [None] * C, labels, values, None, [], [], np.arange(C) < untrained)
-    return evaluate.summarise(results)
+    return evaluate.summarise(evaluate.Results([evaluate.Measured(
+        None, None, dict(zip(labels, values[:, :, i].swapaxes(0, 1))), None, untrained=i < untrained)
+        for i in range(C)]))
 
 
 ONE, TWO = {"method": [[0.5, 0.6]]}, {"state": [np.arange(30) + 5.0], "ptrag": [np.arange(30) / 10]}
