@@ -10,7 +10,6 @@ components, P populations compared with the same real cells (methods, baselines,
 R rows of the table, M measured columns.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import functools
@@ -249,10 +248,11 @@ def condition_rows(real_cells, populations, line, comparison, truth, excluded):
 
 
 class Contender(NamedTuple):
-    """A method of one seed. `cells(condition)` returns its predicted cells (m, G) float32."""
+    """A method of one seed: its predicted cells of a condition, a function to (m, G) float32."""
     label: str
     seed: str
     cells: Callable
+    empty: float = math.nan  # share of its cells that select nothing
 
 
 class Measured(NamedTuple):
@@ -260,7 +260,7 @@ class Measured(NamedTuple):
     names: tuple             # cell line, perturbation
     counts: tuple            # real cells, predicted cells
     rows: dict               # (label, seed) -> (2, M): ALL_CELLS; half A of the real and |half B| cells
-    points: list             # of at most 60 control, real, predicted cells: (60, 2), fewer where PCA has fewer
+    points: list             # of control, real, predicted cells: (60, 2) in PCA space, or fewer
     impossible: int = 0      # predicted values that no cell has
     split: str = ""
     untrained: bool = False  # no training condition perturbs the gene
@@ -544,19 +544,41 @@ def summarise(results):
 
 # ----------------------------------------------------------------------------------------------- retrieval
 
-def line_overlap(groups, cells, generator):
+def response_similarity(dataset, rows, tasks):
+    """For each query in rows of retrieval.csv, (queries, 5), nan where unknown: mean cosine of its measured
+    response with those of its candidates, of the pool's other genes, of its selected and its unselected
+    candidates; rank correlation over the candidates of selection probability and that cosine."""
+    found = []
+    for (split, line), of_line in group(rows, "split", "cell_line").items():
+        responses, pool, _ = tasks[split]
+        code = dataset.cell_lines.index(line)
+        genes, table = zip(*((dataset.perturbations[p], r) for (at, p), r in responses.items() if at == code))
+        unit = np.stack(table) / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)  # (N, G)
+        for (_, query), its in group(of_line, "seed", "perturbation").items():
+            cosine = dict(zip(genes, (unit @ unit[genes.index(query)]).tolist()))
+            others = (pool & cosine.keys()) - {query, *(row["candidate"] for row in its)}
+            known = [(row["selected"], row["probability"], cosine[row["candidate"]]) for row in its
+                     if row["candidate"] in cosine]
+            selected, probability, similar = np.array(known).reshape(-1, 3).T
+            correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
+            found.append([average(similar), average(np.array([cosine[name] for name in others])),
+                          average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
+    return np.array(found, float)
+
+
+def line_overlap(rows, cells, generator):
     """Overlap of the sets selected for a gene in two cell lines: (pairs, 3) of the Jaccard overlap, the same
-    under shuffled lines, and whether both are of one model.
-    groups: (split, seed, line, gene) -> rows of retrieval.csv; cells: (split, line, gene) -> count. A set:
-    what more than half of the cells select. Shuffled: the cells of both lines are pooled and cut anew, which
-    keeps how often a candidate is selected and forgets in which line."""
-    of_gene, overlaps = lambda key: (key[1], key[3]), []
-    for _, keys in itertools.groupby(sorted(groups, key=of_gene), of_gene):
-        for a, b in itertools.combinations(keys, 2):
-            if a[2] == b[2]:
+    under shuffled lines, and whether both are of one model. rows: of retrieval.csv; cells: (split, line,
+    gene) -> count. A set: what more than half of the cells select. Shuffled: the cells of both lines are
+    pooled and cut anew, which keeps how often a candidate is selected and forgets in which line."""
+    overlaps = []
+    for (_, gene), of_gene in sorted(group(rows, "seed", "perturbation").items()):
+        sides = group(of_gene, "split", "cell_line")
+        for a, b in itertools.combinations(sides, 2):
+            if a[1] == b[1]:
                 continue
-            shares = [{row["candidate"]: row["selected"] for row in groups[key]} for key in (a, b)]
-            n, m = (cells[split, line, gene] for split, _, line, gene in (a, b))
+            shares = [{row["candidate"]: row["selected"] for row in sides[side]} for side in (a, b)]
+            n, m = (cells[(*side, gene)] for side in (a, b))
             used = [[share.get(name, 0) for name in sorted(shares[0] | shares[1])] for share in shares]
             used = np.rint(np.array(used) * [[n], [m]]).astype(int)  # (2, candidates) cells
             drawn = generator.hypergeometric(used.sum(0), n + m - used.sum(0), n)
@@ -564,28 +586,6 @@ def line_overlap(groups, cells, generator):
             jaccard = [(x & y).sum() / (x | y).sum() if (x | y).any() else math.nan for x, y in sets]
             overlaps.append([*jaccard, a[0] == b[0]])
     return np.array(overlaps).reshape(-1, 3)
-
-
-def response_similarity(dataset, groups, responses, pool):
-    """(conditions, 5), nan where unknown: mean cosine of the query's measured response with those of its
-    candidates, of the pool's other genes, of its selected and its unselected candidates; rank correlation
-    over the candidates of selection probability and that cosine."""
-    unit, found = {}, []
-    for condition, response in responses.items():
-        line, gene = names_of(dataset, condition)
-        unit.setdefault(line, {})[gene] = response / max(np.linalg.norm(response), 1e-12)
-    table = {line: np.stack(list(genes.values())) for line, genes in unit.items()}  # (N, G) each
-    for (*_, line, p), rows in groups.items():
-        cosine = dict(zip(unit[line], (table[line] @ unit[line][p]).tolist()))
-        del cosine[p]
-        others = (pool & cosine.keys()) - {row["candidate"] for row in rows}
-        known = [(row["selected"], row["probability"], cosine[row["candidate"]]) for row in rows
-                 if row["candidate"] in cosine]
-        selected, probability, similar = np.array(known).reshape(-1, 3).T
-        correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
-        found.append([average(similar), average(np.array([cosine[name] for name in others])),
-                      average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
-    return np.array(found, float).reshape(-1, 5)
 
 
 def describe_selection(probability):
@@ -599,28 +599,24 @@ def describe_selection(probability):
     return f"selection {state} (probability {mean:.2f} ± {spread:.2f} over conditions and candidates)"
 
 
-def describe_retrieval(dataset, results, candidates, tasks, empty):
-    """The retrieval report, lines of text for each row of the table that retrieves.
-    candidates: rows of retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the
-    pool; what the pool is called); empty: label -> share of cells that select nothing (nan without
-    selection)."""
+def describe_retrieval(dataset, results, candidates, tasks):
+    """The retrieval report, lines of text for each row of the table that retrieves. candidates: rows of
+    retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the pool; what the pool is
+    called)."""
     lines, pools = [], data.listed(dict.fromkeys(name for *_, name in tasks.values()))
     cells = {(condition.split, *condition.names): condition.counts[1] for condition in results.conditions}
     for (label,), rows in group(candidates, "label").items():
-        groups = group(rows, "split", "seed", "cell_line", "perturbation")
-        of_split = lambda split: {key: rows for key, rows in groups.items() if key[0] == split}
-        similarity = np.concatenate([response_similarity(dataset, of_split(split), responses, pool)
-                                     for split, (responses, pool, _) in tasks.items()])
         near, random, used, unused, correlation = (
-            f"{short(average(column))} ({(~np.isnan(column)).sum()})" for column in similarity.T)
+            f"{short(average(column))} ({(~np.isnan(column)).sum()})"
+            for column in response_similarity(dataset, rows, tasks).T)
         texts = [f"measured responses of candidates (pool {pools}) resemble the query's with cosine {near}, "
                  f"those of the pool's other genes with {random} (in brackets: conditions)"]
-        probability = [row["probability"] for row in rows]
+        probability, empty = np.array([(row["probability"], row["empty"]) for row in rows]).T
         if not np.isnan(probability).any():
-            texts += [f"{describe_selection(probability)}; {100 * empty[label]:.1f} % of cells use none",
+            texts += [f"{describe_selection(probability)}; {100 * empty.mean():.1f} % of cells use none",
                       f"selected candidates {used}, unselected {unused}; rank correlation of selection "
                       f"probability with the cosine of responses {correlation}"]
-            overlaps = line_overlap(groups, cells, np.random.default_rng(0))
+            overlaps = line_overlap(rows, cells, np.random.default_rng(0))
             known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
             for one_model, models in ((1, "one model"), (0, "models of different splits")):
                 if len(pairs := known[known[:, 2] == one_model]):
@@ -896,43 +892,43 @@ def write_predictions(folder, models, dataset, split, config):
     data.write_csv(folder / "retrieval.csv", RETRIEVAL_COLUMNS, report)
 
 
-def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, **columns):
-    """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed; the names of
-    their conditions; notes; label -> share of cells that select nothing. prefix: of a run's labels, None for
-    a file of anyone's, which is one row if it has no such columns. columns: see `data.load`."""
+def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
+    """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed, one where
+    there are no such columns; the names of their conditions; notes. columns: see `data.load`."""
     predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
-    codes = {names_of(predicted, condition): condition for condition in predicted.conditions()}
+    codes, contenders = {names_of(predicted, condition): condition for condition in predicted.conditions()}, []
     obs = {name: np.full(len(predicted.cell_line), value)
            for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", math.nan))}
-    with contextlib.suppress(*[data.DataError] * (prefix is None)):
+    with contextlib.suppress(data.DataError):
         obs = data.read_obs(path, list(obs))
     method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
-    contenders, empty = [], {}
-    for first in np.sort(np.unique(method * len(method) + number, return_index=True)[1]):
-        name, seed_name = (str(obs[column][first]) for column in ("method", "seed"))
+    model = method * len(method) + number
+    for first in np.sort(np.unique(model, return_index=True)[1]):
+        name, number = (str(obs[column][first]) for column in ("method", "seed"))
 
-        def cells(condition, first=first, who=f"{name}, seed {seed_name}"):
+        def cells(condition, own=model[first], who=f"{name}, seed {number}"):
             names = names_of(dataset, condition)
             rows = predicted.cells(*codes[names]) if names in codes else np.array([], int)
-            rows = rows[(method[rows] == method[first]) & (number[rows] == number[first])]
+            rows = rows[model[rows] == own]
             if not len(rows):
                 raise data.DataError(f"{path}: no cells of {data.listed(names)} by {who}; train it again")
             return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
 
-        contenders.append(Contender((prefix or "") + name, seed_name, cells))
-        nothing = np.array(obs["nothing_selected"][method == method[first]], float)
-        empty[contenders[-1].label] = float(average(nothing))
-    return contenders, set(codes), notes, empty
+        nothing = np.array(obs["nothing_selected"][model == model[first]], float)
+        contenders.append(Contender(name, number, cells, float(average(nothing))))
+    return contenders, set(codes), notes
 
 
 def read_run(folder, config, prefix, dataset, split, say=data.say):
-    """Contenders, notes of a run as in `read_predictions`, rows of retrieval.csv and of log.csv (dicts with
-    label and split, numbers as float, nan where empty), shares as in `read_predictions`."""
+    """Contenders and notes of a run as in `read_predictions`; rows of retrieval.csv and of log.csv: dicts
+    with label, split and share of cells that select nothing, numbers as float, nan where empty."""
     path, tables = folder / "predictions.h5ad", []
     if not path.exists():
         raise data.DataError(f"{path}: no such file; the run was not finished (go on with --resume)")
-    contenders, _, notes, empty = read_predictions(path, dataset, config.max_cells, config.seed, prefix, say)
+    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed, say)
+    empty = {(contender.label, contender.seed): contender.empty for contender in contenders}
+    tested = {names_of(dataset, condition) for condition in split.test}
     for name, numbers in (("retrieval.csv", ["probability", "selected"]),
                           ("log.csv", ["step", "energy", "validation", "sparsity"])):
         tables.append([])
@@ -940,44 +936,44 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
             with contextlib.suppress(FileNotFoundError), open(folder / name, encoding="utf-8") as file:
                 for row in csv.DictReader(file, strict=True):
                     row |= {number: float(row[number] or "nan") for number in numbers}
-                    tables[-1].append(row | {"label": prefix + row["method"], "split": config.split})
+                    row |= {"label": prefix + row["method"], "split": config.split,
+                            "empty": empty[row["method"], row["seed"]]}
+                    if name == "retrieval.csv" and (
+                            (row["cell_line"], row["perturbation"]) not in tested
+                            or any(row[share] < 0 or row[share] > 1 for share in numbers)):
+                        raise ValueError(data.listed(row.values(), 9))
+                    tables[-1].append(row)
         except (KeyError, TypeError, ValueError, csv.Error) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise data.DataError(f"{folder / name}: damaged ({what}); train it again") from None
-    tested = {(label, *names_of(dataset, condition)) for label, *_ in contenders for condition in split.test}
-    for row in tables[0]:
-        inside = math.isnan(row["probability"]) or 0 <= row["probability"] <= 1 and 0 <= row["selected"] <= 1
-        if not inside or (row["label"], row["cell_line"], row["perturbation"]) not in tested:
-            at = data.listed([row["method"], row["cell_line"], row["perturbation"]])
-            raise data.DataError(f"{folder}/retrieval.csv: does not belong to the predictions beside it (at "
-                                 f"{at}); train it again")
-    return contenders, notes, *tables, empty
+            raise data.DataError(f"{folder / name}: damaged, or not of the predictions beside it "
+                                 f"({type(error).__name__}: {error}); train it again") from None
+    return [c._replace(label=prefix + c.label) for c in contenders], notes, *tables
 
 
-def run_prefixes(folders, configs):
-    """What stands before the labels of each run: nothing if all are one model, of one or several splits."""
-    models, copies, ours = {}, collections.Counter(), asdict(configs[0])
-    for i, (folder, config) in enumerate(zip(folders, configs)):
+def runs_by_split(folders):
+    """Split -> its runs: (folder, config, what stands before the labels: nothing if all are one model)."""
+    configs = [ptrag.read_config(folder) for folder in folders]
+    models, runs, ours = {}, {}, asdict(configs[0])
+    for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
             if theirs[name] != ours[name]:
                 raise data.DataError(f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; "
                                      "runs on different cells cannot stand in one table")
-        settings = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
-        models.setdefault((settings, copies[settings, config.split]), []).append(i)
-        copies[settings, config.split] += 1
-    unique, prefixes = len({folder.name for folder in folders}) == len(folders), [""] * len(folders)
-    splits = [{configs[i].split for i in model} for model in models.values()]
-    for model, its in zip(models.values(), splits):
-        head = folders[model[0]]
-        if its != splits[0]:
-            differs = [name for name, value in asdict(configs[model[0]]).items() if value != ours[name]]
-            raise data.DataError(f"{head}: differs from {folders[0]} in {data.listed(differs)}; runs are "
-                                 "pooled if they differ in the split alone, and side by side if they have "
-                                 "the same")
-        for i in model if len(models) > 1 else []:
-            prefixes[i] = f"{head.name if unique else head}/"
-    return prefixes
+        model = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
+        while config.split in models.setdefault(model, {}):
+            model += "again",  # the same model on the same split: side by side
+        models[model][config.split] = folder, config
+    unique, (first, *_) = len({folder.name for folder in folders}) == len(folders), models.values()
+    for of_split in models.values():
+        (head, config), *_ = of_split.values()
+        if of_split.keys() != first.keys():
+            differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
+            raise data.DataError(f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they "
+                                 "differ in the split alone, and side by side if they have the same")
+        prefix = f"{head.name if unique else head}/" * (len(models) > 1)
+        for split, run in of_split.items():
+            runs.setdefault(split, []).append((*run, prefix))
+    return runs
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -988,20 +984,15 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
     `out` (the run's folder; for several a folder A+B beside the first) and prints the table, all of it with
     `full`. dataset, split: those of the first run, loaded anew if not given."""
     folders = [Path(folder) for folder in folders]
-    configs = [ptrag.read_config(folder) for folder in folders]
-    runs = {}
-    for run in zip(folders, configs, run_prefixes(folders, configs)):
-        runs.setdefault(run[1].split, []).append(run)
-    if dataset is None:
-        dataset, split = ptrag.open_data(configs[0])
-    conditions, said, tasks, empty, candidates, log = [], [], {}, {}, [], []
-    for rule, of_rule in runs.items():
-        config, contenders, notes = of_rule[0][1], [], []
-        split = split if rule == configs[0].split else data.split(dataset, rule, config.seed)
-        for run in of_rule:
-            *found, shares = read_run(*run, dataset, split, say)
-            empty |= shares
-            for kept, new in zip((contenders, notes, candidates, log), found):
+    conditions, notes, tasks, candidates, log = [], [], {}, [], []
+    for rule, runs in runs_by_split(folders).items():
+        config, contenders, said = runs[0][1], [], []
+        if dataset is None:
+            dataset, split = ptrag.open_data(config)
+        elif tasks:
+            split = data.split(dataset, rule, config.seed)
+        for run in runs:
+            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split, say)):
                 kept += new
         fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
         controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
@@ -1012,12 +1003,13 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         trained = {p for _, p in split.train}
         conditions += [measured._replace(split=rule, untrained=p not in trained)
                        for measured, (_, p) in zip(results.conditions, split.test)]
-        said += [f"{rule}: " * (len(runs) > 1) + note for note in (*results.notes, *notes, *more)]
-        pools, name = dict(train=split.train, trainval=fitted), config.test_pool or config.pool
-        pool = pools[name] if name in pools else dataset.conditions()
-        tasks[rule] = responses, {dataset.perturbations[p] for _, p in pool}, name
-    results = Results(conditions, said)
-    retrieval = describe_retrieval(dataset, results, candidates, tasks, empty)
+        notes.append((rule, [*results.notes, *said, *more]))
+        name = config.test_pool or config.pool
+        pool = {dataset.perturbations[p] for p in ptrag.pool_of(name, dataset, split)}
+        tasks[rule] = responses, pool, name
+    notes = [f"{rule}: " * (len(notes) > 1) + note for rule, of_rule in notes for note in of_rule]
+    results = Results(conditions, notes)
+    retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
     return write_outputs(results, out, dataset.name, say, full, retrieval, candidates, log)
 
@@ -1027,7 +1019,7 @@ def evaluate_files(options, say=data.say):
     columns = {name: getattr(options, name) for name in ("control", *ptrag.COLUMNS)}
     real = data.load(options.real, hvg=options.hvg, need_embeddings=False, say=say, **columns)
     pred, seed, most = options.pred, options.seed, options.max_cells
-    contenders, theirs, notes, _ = read_predictions(pred, real, most, seed, None, say, **columns)
+    contenders, theirs, notes = read_predictions(pred, real, most, seed, say, **columns)
     ours = {names_of(real, condition): condition for condition in real.conditions()}
     theirs = {names for names in theirs if names[1] != real.perturbations[0]}
     conditions = sorted(ours[names] for names in theirs & set(ours))
@@ -1092,29 +1084,23 @@ def export(folder, out, say=data.say):
     config, written = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
+    names = [(gene if p else "non-targeting", line) for (_, p), (line, gene)
+             in ((condition, names_of(dataset, condition)) for condition in conditions)]
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
     real = lambda c: dataset.expression[pick(c) if c[1] else dataset.cells(*c)]  # all of the control cells
     contenders, *_ = read_run(folder, config, "", dataset, split, say)
     out.mkdir(parents=True, exist_ok=True)
-    for method, seed, predicted in [Contender("real", "", real), *contenders]:
+    for method, seed, predicted, _ in [Contender("real", "", real), *contenders]:
         cells = lambda c: (predicted if c[1] else real)(c)
-        obs, clipped = {"target_gene": [], "cell_type": []}, []
-
-        def blocks():
-            for condition in conditions:
-                values, (line, gene) = cells(condition), names_of(dataset, condition)
-                done = len(obs["cell_type"])
-                obs["target_gene"] += [gene if condition[1] else "non-targeting"] * len(values)
-                obs["cell_type"] += [line] * len(values)
-                clipped.append(int((values > HIGHEST).sum()))
-                yield slice(done, done + len(values)), {"X": np.minimum(values, HIGHEST)}
-
+        sizes, above = zip(*((len(values), (values > HIGHEST).sum()) for values in map(cells, conditions)))
+        rows = map(slice, np.cumsum((0, *sizes)), np.cumsum(sizes))
+        blocks = ((place, {"X": np.minimum(cells(c), HIGHEST)}) for place, c in zip(rows, conditions))
+        obs = dict(zip(("target_gene", "cell_type"), np.repeat(names, sizes, axis=0).T.tolist()))
         about = {"units": data.UNITS, "data": dataset.name, "split": config.split, "model": method}
         written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
-        total = sum(len(cells(condition)) for condition in conditions)
-        data.write_anndata(written[-1], dataset.genes, obs, blocks(), total, about)
-        if sum(clipped):
-            say(f"{written[-1]}: {sum(clipped)} values above log1p(10,000), which no cell has, are clipped")
+        data.write_anndata(written[-1], dataset.genes, obs, blocks, sum(sizes), about)
+        if sum(above):
+            say(f"{written[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
     for line in sorted({line for line, _ in split.validation + split.test}):
         text += f"\n[fewshot.{json.dumps('data.' + dataset.cell_lines[line])}]\n"
@@ -1144,14 +1130,10 @@ def run(arguments):
         add(ptrag.flag(f.name), type=type(f.default), default=f.default, help=f.metadata["help"] + default)
     options = parser.parse_args(arguments)
     files = [options.real, options.pred]
-    if bool(options.runs) == any(files) or (any(files) and not all([*files, options.out])):
-        parser.error("give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
-    if options.export and len(options.runs) != 1:
-        parser.error("--export takes one run")
-    try:
-        ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
-    except ptrag.InputError as error:
-        parser.error(str(error))
+    ptrag.require(options.runs and not any(files) or not options.runs and all([*files, options.out]),
+                  "give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
+    ptrag.require(not options.export or len(options.runs) == 1, "--export takes one run")
+    ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
     if not options.runs:
         return evaluate_files(options)
     with contextlib.ExitStack() as locks:
