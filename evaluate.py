@@ -234,9 +234,8 @@ def condition_rows(real_cells, populations, line, comparison, truth, excluded):
     result = np.full((len(populations), len(COLUMNS)), np.nan)
     real_points, real = line.population(real_cells)[0], moments([real_cells])
     profiles, (real_control, control) = line.profiles[comparison], np.float32(line.subtracted[comparison])
-    sizes = [len(points) for points, _ in populations]
-    for size in set(sizes):
-        chosen = [i for i, own in enumerate(sizes) if own == size]
+    for size in {len(points) for points, _ in populations}:
+        chosen = [i for i, (points, _) in enumerate(populations) if len(points) == size]
         points, means = zip(*(populations[i] for i in chosen))
         points, means = torch.stack(points), np.stack(means)  # (P', m, d), (P', G)
         value = point_metrics(real_points, points) | mean_metrics(real, means, line, comparison)
@@ -308,14 +307,11 @@ def halves(names, count, seed):
 
 
 def control_moments(dataset, lines, seed=0):
-    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves; else `DataError`."""
+    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves."""
     of = lambda rows: moments(dataset.expression[rows[i:i + 1000]] for i in range(0, len(rows), 1000))
     found = {}
     for line in set(lines):
         rows, names = dataset.cells(line, 0), names_of(dataset, (line, 0))
-        if not len(rows):
-            raise data.DataError(f"{dataset.name}: cell line {names[0]} has no control cells ({names[1]}), "
-                                 "which evaluation needs as its floor")
         cut = halves(names, len(rows), seed) if len(rows) > 1 else [[0], [0]]
         found[line] = of(rows), np.stack([of(rows[half]).mean for half in cut])
     return found
@@ -367,26 +363,21 @@ def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, c
     predicted = [contender.cells(condition) for contender in contenders]
     shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
     populations = [control, *shifted, *predicted]
+    compare = lambda comparison, real, populations: condition_rows(
+        real, list(map(line.population, populations)), line, comparison, truth, excluded)
     values = np.full((2, 2 + len(populations), len(COLUMNS)), np.nan)
-
-    def compare(comparison, real, populations):
-        populations = list(map(line.population, populations))
-        values[comparison, -len(populations):] = condition_rows(
-            real, populations, line, comparison, truth, excluded)
-
-    compare(ALL_CELLS, real, populations)
+    values[ALL_CELLS, 2:] = compare(ALL_CELLS, real, populations)
     half_a, half_b = halves(names, len(real), seed)
     if n := min([len(half_b), *map(len, predicted)]):
         ceiling = real[half_b[:n]]
         collapse = np.repeat(np.float32(ceiling.mean(0, keepdims=True, dtype=np.float64)), n, axis=0)
         equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
-        compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
+        values[EQUAL_COUNTS] = compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
     shown = next((k for k, (label, _) in enumerate(rows[-len(predicted):]) if is_reference(label)), -1)
-    pictured = [line.population(cells[:60])[0] for cells in (control, real, predicted[shown])]
-    impossible = sum(int((cells > HIGHEST).sum()) for cells in predicted)
-    return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))),
-                    [points[:, :2].numpy().copy() for points in pictured], impossible)
+    points = [line.population(cells[:60])[0][:, :2].clone() for cells in (control, real, predicted[shown])]
+    return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))), points,
+                    sum(int((cells > HIGHEST).sum()) for cells in predicted))
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -652,11 +643,11 @@ def make_tables(summary, full=True):
     """Values at equal counts, positions and comparisons, of the first metrics or all; each table a list of
     (label, cell texts), the first of them title and headings."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels, every = list(dict.fromkeys(row["method"] for row in summary)), list(METRICS)
-    others = [metric for metric in METRICS if metric not in FIRST_METRICS]
+    labels, count = list(dict.fromkeys(method for method, _ in cell)), max(row["compared"] for row in summary)
     methods = [label for label in labels if label not in ANCHORS]
-    compared = [label for label in [FLOOR, *methods] if any(cell[label, m]["compared"] for m in METRICS)]
-    count = max(row["compared"] for row in summary)
+    compared = [label for label in labels if cell[label, "mae"]["compared"]]
+    every, others = list(METRICS), [metric for metric in METRICS if metric not in FIRST_METRICS]
+    halves = [every[:10], every[10:]] if full else []
 
     def value(row):
         spread = f"±{row['spread_equal']:.1g}" * (row["spread_equal"] >= 0 and row["metric"] in FIRST_METRICS)
@@ -669,12 +660,12 @@ def make_tables(summary, full=True):
 
     position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     tables = []
-    for title, rows, metrics, text, most in (
-            ("mean over conditions, equal counts", labels, FIRST_METRICS, value, 10),
-            ("other metrics, equal counts", labels, others * full, value, 7),
-            ("position: 0 floor, 1 ceiling", methods, every if full else FIRST_METRICS, position, 10),
-            (f"of {count} conditions PT-RAG is better in", compared, every * full, comparison, 10)):
-        for part in [metrics[i:i + most] for i in range(0, len(metrics), most)] if rows else []:
+    for title, rows, parts, text in (
+            ("mean over conditions, equal counts", labels, [FIRST_METRICS], value),
+            ("other metrics, equal counts", labels, [others[:7], others[7:]] if full else [], value),
+            ("position: 0 floor, 1 ceiling", methods, halves or [FIRST_METRICS], position),
+            (f"of {count} conditions PT-RAG is better in", compared, halves * bool(compared), comparison)):
+        for part in parts:
             tail = "   " * (text is value)  # room for three stars
             tables.append([(title, [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part])])
             for row in rows:
@@ -819,13 +810,13 @@ def scatters(results):
     order, figures = np.argsort(-effect, kind="stable"), []
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
         condition = results.conditions[i]
-        every = np.concatenate(condition.points)
-        if every.shape[1] == 2:
+        ends = [torch.cat(condition.points).quantile(end, dim=0).tolist() for end in (0, 1)]
+        if len(ends[0]) == 2:
             names, colours = ("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)")
             series = list(zip(names, colours, ["dots"] * 3, condition.points))
-            ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
-            name = ": ".join(condition.names)
-            figures.append(figure(f"{name} (floor energy {short(effect[i])})", series, *ticks, 300, 210))
+            ticks = [[(low, ""), (high, "")] for low, high in zip(*ends)]
+            title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
+            figures.append(figure(title, series, *ticks, 300, 210))
     return figures
 
 
@@ -1052,8 +1043,7 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
         summaries.append((line, summarise(Results([c for c in conditions if c.names[0] == line]))))
     summary, anyones = summaries[0][1], results.labels[3:] == ["prediction"]  # no floor, no names then
     names = ["method", "seed", "cell_line", "perturbation", "n_real", "n_pred", *CONDITION_COLUMNS, "split"]
-    columns = [COLUMNS.index(name) for name in CONDITION_COLUMNS]
-    rows = [[*row, *c.names, *c.counts, *c.rows[row][ALL_CELLS, columns], c.split]
+    rows = [[*row, *c.names, *c.counts, *c.rows[row][ALL_CELLS, :len(CONDITION_COLUMNS)], c.split]
             for row in results.rows[2 + anyones:] for c in conditions if row in c.rows]
     kept = slice(2 * anyones, len(names) - (not pooled))
     out.mkdir(parents=True, exist_ok=True)
