@@ -40,9 +40,8 @@ METRICS = {  # name in the files: (heading, +1 where larger is better, -1 where 
     "mse_pca": ("MSE PCA", -1), "discrimination": ("discrim", 1), "discrimination_cosine": ("discrim cos", 1),
 }
 FIRST_METRICS = ["w1", "w2", "sw1", "sw2", "energy", "pearson_delta"]
-CONDITION_COLUMNS = list(METRICS)                          # metrics.csv, after the counts
-CONDITION_COLUMNS.insert(CONDITION_COLUMNS.index("pearson_delta"), "n_deg")
-COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]   # all that is measured
+CONDITION_COLUMNS = [*METRICS][:13] + ["n_deg"] + [*METRICS][13:]   # metrics.csv, after the counts
+COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]            # all that is measured
 ANCHORS = "other real half (ceiling)", "its mean, repeated (collapse)", "no change (floor)"
 CEILING, COLLAPSE, FLOOR = ANCHORS
 HIGHEST = math.log1p(10_000)                               # of a gene that has all counts of its cell
@@ -266,9 +265,8 @@ class Measured(NamedTuple):
 
 
 class Results:
-    """A table: its conditions, R rows (label, seed) of anchors, baselines, contenders, (2, R, C, M) measured
-    values, nan where a condition does not have a row, notes, and the label of the row that the others are
-    tested against, PT-RAG's, None without one."""
+    """A table: its conditions; R rows (label, seed) of anchors, baselines, contenders; (2, R, C, M) measured
+    values, nan where a condition has no such row; notes."""
 
     def __init__(self, conditions, notes=()):
         self.conditions, self.notes = conditions, [*notes]
@@ -277,16 +275,16 @@ class Results:
         values = [[condition.rows.get(row, missing) for condition in conditions] for row in self.rows]
         self.measured = np.moveaxis(np.array(values), 2, 0)
         self.labels = list(dict.fromkeys(label for label, _ in self.rows))
-        self.reference = next(filter(is_reference, self.labels), None)
+        self.reference = reference_of(self.labels)
 
     def values(self, label, metric, comparison=EQUAL_COUNTS):
         """(seeds, C) values of the rows of a label."""
         return self.measured[comparison, [row[0] == label for row in self.rows], :, COLUMNS.index(metric)]
 
 
-def is_reference(label):
-    """Whether a row is PT-RAG's, perhaps of one run among several."""
-    return label.split("/")[-1] == "ptrag"
+def reference_of(labels):
+    """The label of the row that the others are tested against, PT-RAG's; None without one."""
+    return next((label for label in labels if label.split("/")[-1] == "ptrag"), None)
 
 
 def names_of(dataset, condition):
@@ -374,8 +372,9 @@ def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, c
         equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
         values[EQUAL_COUNTS] = compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
-    shown = next((k for k, (label, _) in enumerate(rows[-len(predicted):]) if is_reference(label)), -1)
-    points = [line.population(cells[:60])[0][:, :2].clone() for cells in (control, real, predicted[shown])]
+    labels = [contender.label for contender in contenders]
+    pictured = control, real, predicted[labels.index(reference_of(labels) or labels[-1])]
+    points = [line.population(cells[:60])[0][:, :2].numpy().copy() for cells in pictured]
     return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))), points,
                     sum(int((cells > HIGHEST).sum()) for cells in predicted))
 
@@ -443,19 +442,20 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
             means[line, p], learned[line, p] = mean, predict(embeddings[[p]])[0]
             elsewhere |= {(line, p): np.mean(others, axis=0)} if others else {}
             nearest |= {(line, p): responses[np.isin(genes, neighbours[p])].mean(0)} if k else {}
-    missing = len(conditions) - len(elsewhere)
     borrowing = data.listed(dataset.cell_lines[line] for line in sets if line not in trained)
+    missing = f"{len(conditions) - len(elsewhere)} of {len(conditions)} conditions"
     penalised = f"ridge penalty {penalty:g} (times the mean eigenvalue)"
-    fallen = f"{missing} of {len(conditions)} conditions fall back on the line's mean"
-    notes = [note for occurs, note in (
-        (True, f"{penalised}, chosen on {len(validation)} conditions"),
-        (missing and elsewhere, f"gene in the other lines: {fallen}"),
-        (not elsewhere, "no row for the gene's response in the other lines: it is not trained there"),
-        (k < top_k, f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes"),
-        (borrowing, f"no training conditions in {borrowing}: its baselines use the other lines")) if occurs]
+    notes = {
+        f"{penalised}, chosen on {len(validation)} conditions": True,
+        f"gene in the other lines: {missing} fall back on the line's mean":
+            0 < len(elsewhere) < len(conditions),
+        "no row for the gene's response in the other lines: it is not trained there": not elsewhere,
+        f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes": k < top_k,
+        f"no training conditions in {borrowing}: its baselines use the other lines": borrowing}
     found = {"line's mean response": means, "gene in the other lines": elsewhere and means | elsewhere,
              f"{k} nearest genes": nearest, "ridge on embeddings": learned}
-    return {label: response for label, response in found.items() if response}, notes
+    return ({label: response for label, response in found.items() if response},
+            [note for note, occurs in notes.items() if occurs])
 
 
 # -------------------------------------------------------------------------------- significance and summary
@@ -512,7 +512,7 @@ def summarise(results):
         equal_means, gap = average(equal[:, usable], 1), ceiling - floor
         mean_equal = float(average(equal_means))
         error = results.values(label, f"{metric}_error", ALL_CELLS) if metric in ("sw1", "sw2") else math.nan
-        row = {
+        summary.append({
             "method": label, "metric": metric, "mean": float(average(average(values, 1))),
             "standard_error": deviation(per_condition) / math.sqrt(max(len(per_condition), 1)),
             "conditions": len(per_condition), "seeds": len(values), "spread": deviation(average(values, 1)),
@@ -521,13 +521,12 @@ def summarise(results):
             "position": (mean_equal - floor) / gap if better(ceiling, floor) else math.nan,
             "narrow": int(better(collapse, ceiling) and abs(collapse - ceiling) > 1e-3 * abs(gap)),
             "p": math.nan, "p_adjusted": math.nan, "reference_better": math.nan, "compared": 0,
-            "untrained": untrained * (label.split("/")[-1] == "state")}
+            "untrained": untrained * (label.split("/")[-1] == "state")})
         if results.reference not in (None, label) and label not in (CEILING, COLLAPSE):
             pair = np.stack([average(equal, 0), average(results.values(results.reference, metric), 0)])
             theirs, ours = pair[:, ~np.isnan(pair).any(0)]
-            row |= {"p": mann_whitney(theirs, ours), "compared": len(ours),
-                    "reference_better": int(better(ours, theirs).sum())}
-        summary.append(row)
+            summary[-1] |= {"p": mann_whitney(theirs, ours), "compared": len(ours),
+                            "reference_better": int(better(ours, theirs).sum())}
     for row, p in zip(summary, benjamini_hochberg([row["p"] for row in summary]).tolist()):
         row["p_adjusted"] = p
     return summary
@@ -591,31 +590,29 @@ def describe_selection(probability):
 
 
 def describe_retrieval(dataset, results, candidates, tasks):
-    """The retrieval report, lines of text for each row of the table that retrieves. candidates: rows of
-    retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the pool; what the pool is
-    called)."""
+    """The retrieval report, lines of text for each row of the table that selects. candidates: rows of
+    retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the pool; its name)."""
     lines, pools = [], data.listed(dict.fromkeys(name for *_, name in tasks.values()))
     cells = {(condition.split, *condition.names): condition.counts[1] for condition in results.conditions}
     for (label,), rows in group(candidates, "label").items():
         near, random, used, unused, correlation = (
             f"{short(average(column))} ({(~np.isnan(column)).sum()})"
             for column in response_similarity(dataset, rows, tasks).T)
-        texts = [f"measured responses of candidates (pool {pools}) resemble the query's with cosine {near}, "
-                 f"those of the pool's other genes with {random} (in brackets: conditions)"]
         probability, empty = np.array([(row["probability"], row["empty"]) for row in rows]).T
-        if not np.isnan(probability).any():
-            texts += [f"{describe_selection(probability)}; {100 * empty.mean():.1f} % of cells use none",
-                      f"selected candidates {used}, unselected {unused}; rank correlation of selection "
-                      f"probability with the cosine of responses {correlation}"]
-            overlaps = line_overlap(rows, cells, np.random.default_rng(0))
-            known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
-            for one_model, models in ((1, "one model"), (0, "models of different splits")):
-                if len(pairs := known[known[:, 2] == one_model]):
-                    observed, shuffled, _ = pairs.mean(0)
-                    texts.append(f"Jaccard overlap of the sets selected for a gene in two lines by {models} "
-                                 f"{observed:.2f}, with lines shuffled {shuffled:.2f} ({len(pairs)} pairs)")
-            if not len(overlaps):
-                texts.append("no gene is tested in two cell lines, so selected sets have no overlap")
+        texts = [f"measured responses of candidates (pool {pools}) resemble the query's with cosine {near}, "
+                 f"those of the pool's other genes with {random} (in brackets: conditions)",
+                 f"{describe_selection(probability)}; {100 * empty.mean():.1f} % of cells use none",
+                 f"selected candidates {used}, unselected {unused}; rank correlation of selection "
+                 f"probability with the cosine of responses {correlation}"]
+        overlaps = line_overlap(rows, cells, np.random.default_rng(0))
+        known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
+        for one_model, models in ((1, "one model"), (0, "models of different splits")):
+            if len(pairs := known[known[:, 2] == one_model]):
+                observed, shuffled, _ = pairs.mean(0)
+                texts.append(f"Jaccard overlap of the sets selected for a gene in two lines by {models} "
+                             f"{observed:.2f}, with lines shuffled {shuffled:.2f} ({len(pairs)} pairs)")
+        if not len(overlaps):
+            texts.append("no gene is tested in two cell lines, so selected sets have no overlap")
         lines += [f"{label}: {text}" for text in texts]
     return lines
 
@@ -712,25 +709,26 @@ text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: 
 
 def figure(title, series, x_ticks, y_ticks, width=330, height=180):
     """A plot as inline SVG: scale, legend, and dots or a line for each series.
-    series: (name, colour, "dots" | "curve", points (k, 2)), in the legend if named. ticks: (value, text),
+    series: (name, colour, "dots" | "curve", points (k, 2)), a name once in the legend. ticks: (value, text),
     ascending: first and last span the axis, what lies beyond is drawn at its edge; drawn if it has a text."""
-    share = lambda value, ticks: np.clip((value - ticks[0][0]) / max(ticks[-1][0] - ticks[0][0], 1e-12), 0, 1)
     left = 12 + 6 * max(len(text) for _, text in y_ticks)
+    share = lambda value, ticks: np.clip((value - ticks[0][0]) / max(ticks[-1][0] - ticks[0][0], 1e-12), 0, 1)
     x, y = lambda v: left + width * share(v, x_ticks), lambda v: 8 + height * (1 - share(v, y_ticks))
     marks = [(f"{x(v):.0f} 8v{height}", x(v), height + 22, "middle", text) for v, text in x_ticks if text]
     marks += [(f"{left} {y(v):.0f}h{width}", left - 6, y(v) + 4, "end", text) for v, text in y_ticks if text]
     parts = [f'<rect x="{left}" y="8" width="{width}" height="{height}"/>']
-    parts += [f'<path d="M{line}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{html.escape(text)}'
-              "</text>" for line, a, b, anchor, text in marks]
+    for path, a, b, anchor, text in marks:
+        parts.append(f'<path d="M{path}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">'
+                     f"{html.escape(text)}</text>")
     for _, colour, kind, points in series:
         pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[:, 0]), y(points[:, 1]))]
         path = "".join(f"M{pair}h0" for pair in pairs) if kind == "dots" else "M" + "L".join(pairs)
-        parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' if pairs else "")
-    legend = "".join(f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
-                     for name, colour, *_ in series if name)
-    size = f'width="{left + width + 30}" height="{height + 28}"'
-    return (f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>"
-            f'<svg {size} role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
+        parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' * bool(pairs))
+    legend = {name: f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
+              for name, colour, *_ in series if name}
+    size, title = f'width="{left + width + 30}" height="{height + 28}"', html.escape(title)
+    return (f'<figure><figcaption>{title}{"".join(legend.values())}</figcaption><svg {size} role="img" '
+            f'aria-label="{title}">{"".join(parts)}</svg></figure>')
 
 
 def html_table(table, shade=False):
@@ -751,18 +749,18 @@ def strips(results, summary):
     """Per metric and row, where each condition stands: (value - its floor) / mean(ceiling - floor), so that
     the mean, a bar, is the row's position in the table."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels = [label for label in results.labels if label not in ANCHORS]
-    every, figures = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000), []
+    labels, figures = [label for label in results.labels if label not in ANCHORS], []
+    every = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000)
     names = [(-row, label) for row, label in enumerate(labels)][::-1]
     ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")], [(0.5 - len(labels), ""), *names, (0.5, "")]
     for metric, (heading, _) in METRICS.items():
         anchor, series = cell[labels[0], metric], []
-        for row, label in enumerate(labels):
+        for y, label in reversed(names):
             gain = average(results.values(label, metric), 0) - results.values(FLOOR, metric)[0]
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
-            bar = np.array([(cell[label, metric]["position"], -row + end) for end in (-0.4, 0.4)])
-            series += [("", colour, "dots", np.stack([x, np.full(len(x), -row)], 1)[~np.isnan(x)]),
+            bar = np.array([(cell[label, metric]["position"], y + end) for end in (-0.4, 0.4)])
+            series += [("", colour, "dots", np.stack([x, np.full(len(x), y)], 1)[~np.isnan(x)]),
                        ("", "currentColor", "curve", bar)]
         if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
             title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
@@ -775,25 +773,22 @@ def training_figures(log):
     labels, figures = list(dict.fromkeys(row["label"] for row in log)), []
     for column, title in (("energy", "energy distance of training sets"), ("validation", "validation"),
                           ("sparsity", "selection probability: share of candidates selected")):
-        known = [row for row in log if math.isfinite(row[column]) and (row[column] or column != "sparsity")]
-        series = []
+        series, known = [], [row for row in log if 0 < row[column] < math.inf]
         for (label, *_), rows in group(known, "label", "split", "seed").items():
             points = np.array([(row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]])
-            name = label * all(label != other for other, *_ in series)
-            series.append((name, f"var(--c{labels.index(label) % 6})", "curve", points))
+            series.append((label, f"var(--c{labels.index(label) % 6})", "curve", points))
         if known:
-            value, last = [row[column] for row in known], max(row["step"] for row in known)
-            ends = (0, 1) if column == "sparsity" else (min(value), np.quantile(value, 0.98))
+            steps, values = zip(*((row["step"], row[column]) for row in known))
+            ends = (0, 1) if column == "sparsity" else (min(values), np.quantile(values, 0.98))
             y_ticks = [(v, short(v)) for v in np.linspace(*ends, 5).tolist()]
-            figures.append(figure(title, series, [(0, "0"), (last, f"step {last:.0f}")], y_ticks))
+            figures.append(figure(title, series, [(0, "0"), (max(steps), f"step {max(steps):.0f}")], y_ticks))
     return figures
 
 
 def selection_tables(candidates):
     """Candidates by cell lines, for the three perturbations whose selection differs most between lines."""
     tables = []
-    chosen = [row for row in candidates if not math.isnan(row["probability"])]
-    for (label, perturbation), rows in group(chosen, "label", "perturbation").items():
+    for (label, perturbation), rows in group(candidates, "label", "perturbation").items():
         pairs = {key: np.mean([row["probability"] for row in found])
                  for key, found in group(rows, "candidate", "cell_line").items()}
         genes, lines = (sorted(set(names)) for names in zip(*pairs))
@@ -810,11 +805,11 @@ def scatters(results):
     order, figures = np.argsort(-effect, kind="stable"), []
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
         condition = results.conditions[i]
-        ends = [torch.cat(condition.points).quantile(end, dim=0).tolist() for end in (0, 1)]
-        if len(ends[0]) == 2:
+        every = np.concatenate(condition.points)
+        if every.shape[1] == 2:
             names, colours = ("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)")
             series = list(zip(names, colours, ["dots"] * 3, condition.points))
-            ticks = [[(low, ""), (high, "")] for low, high in zip(*ends)]
+            ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
             title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
             figures.append(figure(title, series, *ticks, 300, 210))
     return figures
@@ -850,13 +845,11 @@ RETRIEVAL_COLUMNS = ("method", "seed", "cell_line", "perturbation", "rank", "can
                      "probability", "selected")
 OF_THE_RUN = ("split", "name", "resume", "device", "threads", "group", "compile", "checkpoint_every", "model",
               "output", "preset", "predict", "cell_line")   # settings that make no other model
-OF_FILES = "control", *ptrag.COLUMNS, "hvg", "seed", "max_cells"   # settings of two files of cells
 
 
 def write_predictions(folder, models, dataset, split, config):
-    """Predicts all test conditions with every model, {METHOD-SEED: model}: predictions.h5ad, and
-    retrieval.csv: of every candidate the mean probability, and the share of cells that rather use it than
-    not."""
+    """Predicts the test conditions with all models, {METHOD-SEED: model}: predictions.h5ad; retrieval.csv, of
+    every candidate the mean probability and the share of cells that rather use it than not."""
     obs = {name: [] for name in (*RETRIEVAL_COLUMNS[:4], "control_cell", "nothing_selected")}
     report, cells = [], sum(min(len(dataset.cells(*condition)), config.max_cells) for condition in split.test)
 
@@ -864,8 +857,8 @@ def write_predictions(folder, models, dataset, split, config):
         for name, model in models.items():
             if config.hard_negatives:
                 model.retrieve_from(model.pool, config.hard_negatives)
-            for condition, rows, (predicted, chance) in ptrag.predict_conditions(
-                    model, dataset, split.test, config):
+            predictions = ptrag.predict_conditions(model, dataset, split.test, config)
+            for condition, rows, (predicted, chance) in predictions:
                 if not np.isfinite(predicted).all():
                     raise ptrag.Diverged(f"{name}: predicts no finite numbers; train with a smaller --lr")
                 names, nothing = (*name.rsplit("-", 1), *names_of(dataset, condition)), math.nan
@@ -888,7 +881,7 @@ def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
     there are no such columns; the names of their conditions; notes. columns: see `data.load`."""
     predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
-    codes, contenders = {names_of(predicted, condition): condition for condition in predicted.conditions()}, []
+    codes, contenders = {names_of(predicted, pair): pair for pair in predicted.conditions()}, []
     obs = {name: np.full(len(predicted.cell_line), value)
            for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", math.nan))}
     with contextlib.suppress(data.DataError):
@@ -931,7 +924,7 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
                             "empty": empty[row["method"], row["seed"]]}
                     if name == "retrieval.csv" and (
                             (row["cell_line"], row["perturbation"]) not in tested
-                            or any(row[share] < 0 or row[share] > 1 for share in numbers)):
+                            or not all(0 <= row[share] <= 1 for share in numbers)):
                         raise ValueError(data.listed(row.values(), 9))
                     tables[-1].append(row)
         except (KeyError, TypeError, ValueError, csv.Error) as error:
@@ -1114,7 +1107,8 @@ def run(arguments):
     add("--pred", help="AnnData file of predicted cells")
     add("-o", "--out", help="folder to write metrics.csv, summary.csv and report.html to")
     add("--export", type=Path, help="folder to write a run's cells to, as cell-eval reads them")
-    shared = [f for f in fields(ptrag.Config) if f.name in OF_FILES]
+    shared = [f for f in fields(ptrag.Config)
+              if f.name in ("control", *ptrag.COLUMNS, "hvg", "seed", "max_cells")]
     for f in shared:
         default = f" (default {f.default})" if f.default != "" else ""
         add(ptrag.flag(f.name), type=type(f.default), default=f.default, help=f.metadata["help"] + default)
