@@ -43,6 +43,10 @@ def of_metric(summary, method):
     return {row["metric"]: row for row in summary if row["method"] == method}
 
 
+def methods_of(summary):
+    return list(dict.fromkeys(row["method"] for row in summary))
+
+
 # -------------------------------------------------------------------------------------- metrics, one by one
 
 A, B, Y = [1.1, 2.2, 2.2, 3.5, 4.0, 7.1, 2.2], [2.2, 5.0, 6.1, 6.1, 8.3], [3.0, 1, 4, 1, 5]
@@ -323,13 +327,11 @@ def summarised(rows, anchors=(0, 5, 10), untrained=0):
     """Summary of made-up values, {label: values of a seed per condition}, the same in every metric."""
     C = len(list(rows.values())[0][0])
     rows = {name: [[value] * C] for name, value in zip(evaluate.ANCHORS, anchors)} | rows
-    labels = [(name, str(i)) for name, seeds in rows.items() for i in range(len(seeds))]
-    values = np.array([seed for seeds in rows.values() for seed in seeds], float)[..., None]  # (R, C, 1)
-    values = values + np.zeros((2, 1, 1, len(evaluate.COLUMNS)))
-    values[ALL_CELLS, :2] = NAN
-    return evaluate.summarise(evaluate.Results([evaluate.Measured(
-        None, None, dict(zip(labels, values[:, :, i].swapaxes(0, 1))), None, untrained=i < untrained)
-        for i in range(C)]))
+    conditions = [evaluate.Measured(None, None, {
+        (label, i): np.full((2, len(evaluate.COLUMNS)), seed[c], float)
+        for label, seeds in rows.items() for i, seed in enumerate(seeds)}, None, untrained=c < untrained)
+        for c in range(C)]
+    return evaluate.summarise(evaluate.Results(conditions))
 
 
 ONE, TWO = {"method": [[0.5, 0.6]]}, {"state": [np.arange(30) + 5.0], "ptrag": [np.arange(30) / 10]}
@@ -469,15 +471,15 @@ def test_wrong_files_and_options_end_with_one_line_and_status_2_and_leave_nothin
     write("doubled.h5ad", real, genes=["g1", *real.genes[1:]])
     write("controls.h5ad", real, perturbation=0 * real.perturbation)
     (tmp_path / "text.h5ad").write_text("not a file of cells")
-    words = lambda name: ["--real", "real.h5ad", "--pred", f"{name}.h5ad", "-o", "out"]
-    for name, said in {"fewer": "g0", "doubled": "g1", "controls": "no condition", "text": "text.h5ad",
-                       "absent": "absent"}.items():
-        assert said in error_of(capsys, *words(name))
-    assert "no-such-run" in error_of(capsys, "no-such-run")
-    for arguments in ([], ["--real", "x"], ["runs/a", "--pred", "y"], ["runs/a", "runs/b", "--export", "x"],
-                      *([*words("pred"), *option] for option in
-                        (("--max-cells", 1), ("--hvg", 0), ("--seed", -1), ("--seed", 2**31)))):
-        assert error_of(capsys, *arguments)
+    words = lambda name, *more: ["--real", "real.h5ad", "--pred", f"{name}.h5ad", "-o", "out", *more]
+    for arguments, said in [
+            (words("fewer"), "g0"), (words("doubled"), "g1"), (words("controls"), "no condition"),
+            (words("text"), "text.h5ad"), (words("absent"), "absent"), (["no-such-run"], "no-such-run"),
+            ([], "give run folders"), (["--real", "x"], "-o OUT/"), (["runs/a", "--pred", "y"], "give run"),
+            (["runs/a", "runs/b", "--export", "x"], "one run"), (words("a", "--max-cells", 1), "--max-cells"),
+            (words("a", "--hvg", 0), "--hvg"), (words("a", "--seed", -1), "--seed"),
+            (words("a", "--seed", 2**31), "--seed")]:
+        assert said in error_of(capsys, *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -510,10 +512,6 @@ def make_run(simulated, tmp_path, monkeypatch):
                                   "ptrag,0,1,2,2,.1,\nptrag,0,2,1,1,.1,1.5\n")
         return folder
     return make
-
-
-def methods_of(summary):
-    return list(dict.fromkeys(row["method"] for row in summary))
 
 
 def test_a_run_gets_its_table_with_baselines_seeds_significance_and_a_self_contained_report(make_run, capsys):
@@ -584,8 +582,8 @@ def set_first(path, value, key="X"):
     (RETRIEVAL, lambda path: path.write_text("method,seed\nptrag,0\n"), "damaged"),
     (RETRIEVAL, lambda path: path.write_bytes(b"\xff\x00" * 9), "damaged"),
     (RETRIEVAL, replaced("0.8", "eight"), "damaged"), (RETRIEVAL, replaced("0.8", "1.8"), "damaged"),
-    (RETRIEVAL, replaced("simB", "simX"), "or not of the predictions"), (LOG, replaced("1.5", "best"), "damaged"),
-    (RETRIEVAL, replaced("ptrag", "vanilla-rag"), "not of the predictions"), (CONFIG, replaced("{", "{{"), CONFIG),
+    (RETRIEVAL, replaced("simB", "simX"), "simX"), (LOG, replaced("1.5", "best"), "damaged"),
+    (RETRIEVAL, replaced("ptrag", "vanilla-rag"), "vanilla-rag"), (CONFIG, replaced("{", "{{"), CONFIG),
     (PREDICTIONS, lambda path: path.write_bytes(path.read_bytes()[:5000]), PREDICTIONS),
     (PREDICTIONS, lambda path: set_first(path, NAN), "finite"),
     (PREDICTIONS, lambda path: set_first(path, "other", "obs/perturbation/categories"), "no cells of"),
