@@ -671,6 +671,13 @@ def make_tables(summary, full=True):
     return tables
 
 
+def text_table(table):
+    """A table of `make_tables` as text, ready to be printed in a font of one width."""
+    first, *widths = (max(map(len, column)) for column in zip(*([label, *cells] for label, cells in table)))
+    texts = [" ".join(f"{text:>{width}}" for text, width in zip(cells, widths)) for _, cells in table]
+    return "\n".join(f"{label:<{first}}  {text}".rstrip() for (label, _), text in zip(table, texts))
+
+
 def footnotes(summary, reference):
     """What the marks of the table mean, those that occur; `reference`: the row others are tested against."""
     most, untrained = (max(row[name] for row in summary) for name in ("conditions", "untrained"))
@@ -698,10 +705,8 @@ STYLE = """
 :root { color-scheme: light dark; --base: #8a9099; --c0: light-dark(#0b62c4, #69a9f5); --c1: #d96a1e;
   --c2: #3d9a50; --c3: #a460c8; --c4: #d24a68; --c5: #6d8f9b }
 body { background: light-dark(#fff, #16181b); font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem }
-h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure { margin: 0 } figcaption, table { font-size: 13px }
-div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem } table { border-collapse: collapse }
-th, td { padding: .1rem .5rem; text-align: right; white-space: pre; border-bottom: 1px solid #8a909966 }
-:is(th, td):first-child { text-align: left } :is(th, td):not(:first-child) { font: 12px monospace }
+h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure, pre { margin: 0 } figcaption, pre { font-size: 13px }
+div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem }
 text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: none; stroke: #8a909966 }
 .dots { stroke-linecap: round; stroke-width: 4.5; stroke-opacity: .55 } .curve { stroke-width: 1.8 }
 """
@@ -729,20 +734,6 @@ def figure(title, series, x_ticks, y_ticks, width=330, height=180):
     size, title = f'width="{left + width + 30}" height="{height + 28}"', html.escape(title)
     return (f'<figure><figcaption>{title}{"".join(legend.values())}</figcaption><svg {size} role="img" '
             f'aria-label="{title}">{"".join(parts)}</svg></figure>')
-
-
-def html_table(table, shade=False):
-    """A table of `make_tables` in HTML; shade: its values lie between 0 and 1 and colour their cells."""
-    text = ""
-    for label, cells in table:
-        tag = "td" if text else "th"
-        text += f"<tr><{tag}>{html.escape(label)}</{tag}>"
-        for cell in cells:
-            percent = 75 * float(cell) if shade and tag == "td" and cell != "–" else 0
-            tint = f' style="background: color-mix(in srgb, var(--c0) {percent:.0f}%, #0000)"' * (percent > 0)
-            text += f"<{tag}{tint}>{html.escape(cell)}</{tag}>"
-        text += "</tr>"
-    return f"<table>{text}</table>"
 
 
 def strips(results, summary):
@@ -796,7 +787,7 @@ def selection_tables(candidates):
         differs = average(np.ptp(values, axis=1)) if len(lines) > 1 else np.ptp(values)
         body = [(genes[i], list(map(short, values[i]))) for i in np.argsort(-np.nanmax(values, axis=1))[:12]]
         tables.append((-differs, [(f"{perturbation} ({label})", lines), *body]))
-    return [html_table(table, shade=True) for _, table in sorted(tables, key=lambda pair: pair[0])[:3]]
+    return [table for _, table in sorted(tables, key=lambda pair: pair[0])[:3]]
 
 
 def scatters(results):
@@ -818,14 +809,14 @@ def scatters(results):
 def write_report(path, title, results, summaries, retrieval, candidates, log):
     """report.html: one self-contained page, inline SVG, no script, nothing fetched."""
     (_, summary), *of_lines = summaries
-    tables = lambda summary, full: map(html_table, make_tables(summary, full))
+    shown = lambda tables: [f"<pre>{html.escape(text_table(table))}</pre>" for table in tables]
     sections = [
-        ("Table", [title], tables(summary, True), footnotes(summary, results.reference) + results.notes),
-        *((line, [], tables(of_line, False), []) for line, of_line in of_lines),
+        ("Table", [title], shown(make_tables(summary)), footnotes(summary, results.reference) + results.notes),
+        *((line, [], shown(make_tables(of_line, full=False)), []) for line, of_line in of_lines),
         ("Conditions between floor and ceiling", ["Each dot is a condition, the bar the mean; a metric whose "
          "ceiling is not better than its floor has none."], strips(results, summary), []),
         ("Training", [], training_figures(log), []),
-        *[("Retrieval and selection", retrieval, selection_tables(candidates),
+        *[("Retrieval and selection", retrieval, shown(selection_tables(candidates)),
            ["Tables: probability of selection, where cell lines differ most."])] * bool(retrieval),
         ("Cells", ["First two principal components, at most 60 cells each; a strong, a middling and a weak "
          f"perturbation; predicted by {results.reference or results.labels[-1]}."], scatters(results), [])]
@@ -1050,12 +1041,7 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
     say(wrap(title))
     for line, rows in summaries:
         for table in make_tables(rows, full and not line):
-            columns = zip(*([label, *cells] for label, cells in table))
-            first, *widths = (max(map(len, column)) for column in columns)
-            say(f"\n{line}" if line else "")
-            for label, cells in table:
-                texts = " ".join(f"{text:>{width}}" for text, width in zip(cells, widths))
-                say(f"{label:<{first}}  {texts}".rstrip())
+            say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
     said = "everything" if full else "the other metrics, significance and figures"
     say("\n" + "\n".join(map(wrap, [*footnotes(summary, results.reference), *results.notes, *retrieval])))
     say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
