@@ -705,7 +705,7 @@ STYLE = """
 :root { color-scheme: light dark; --base: #8a9099; --c0: light-dark(#0b62c4, #69a9f5); --c1: #d96a1e;
   --c2: #3d9a50; --c3: #a460c8; --c4: #d24a68; --c5: #6d8f9b }
 body { background: light-dark(#fff, #16181b); font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem }
-h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure, pre { margin: 0 } figcaption, pre { font-size: 13px }
+h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure, pre { margin: 0; font-size: 13px }
 div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem }
 text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: none; stroke: #8a909966 }
 .dots { stroke-linecap: round; stroke-width: 4.5; stroke-opacity: .55 } .curve { stroke-width: 1.8 }
@@ -811,7 +811,8 @@ def write_report(path, title, results, summaries, retrieval, candidates, log):
     (_, summary), *of_lines = summaries
     shown = lambda tables: [f"<pre>{html.escape(text_table(table))}</pre>" for table in tables]
     sections = [
-        ("Table", [title], shown(make_tables(summary)), footnotes(summary, results.reference) + results.notes),
+        ("Table", [title], shown(make_tables(summary)),
+         footnotes(summary, results.reference) + results.notes),
         *((line, [], shown(make_tables(of_line, full=False)), []) for line, of_line in of_lines),
         ("Conditions between floor and ceiling", ["Each dot is a condition, the bar the mean; a metric whose "
          "ceiling is not better than its floor has none."], strips(results, summary), []),
