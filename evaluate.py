@@ -887,8 +887,7 @@ def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
             names = names_of(dataset, condition)
             rows = predicted.cells(*codes[names]) if names in codes else np.array([], int)
             rows = rows[model[rows] == own]
-            if not len(rows):
-                raise data.DataError(f"{path}: no cells of {data.listed(names)} by {who}; train it again")
+            ptrag.require(len(rows), f"{path}: no cells of {data.listed(names)} by {who}; train it again")
             return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
 
         nothing = np.array(obs["nothing_selected"][model == model[first]], float)
@@ -900,8 +899,7 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
     """Contenders and notes of a run as in `read_predictions`; rows of retrieval.csv and of log.csv: dicts
     with label, split and share of cells that select nothing, numbers as float, nan where empty."""
     path, tables = folder / "predictions.h5ad", []
-    if not path.exists():
-        raise data.DataError(f"{path}: no such file; the run was not finished (go on with --resume)")
+    ptrag.require(path.exists(), f"{path}: no such file; the run was not finished (go on with --resume)")
     contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed, say)
     empty = {(contender.label, contender.seed): contender.empty for contender in contenders}
     tested = {names_of(dataset, condition) for condition in split.test}
@@ -932,9 +930,9 @@ def runs_by_split(folders):
     for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
-            if theirs[name] != ours[name]:
-                raise data.DataError(f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; "
-                                     "runs on different cells cannot stand in one table")
+            ptrag.require(theirs[name] == ours[name],
+                          f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; runs on "
+                          "different cells cannot stand in one table")
         model = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
         while config.split in models.setdefault(model, {}):
             model += "again",  # the same model on the same split: side by side
@@ -942,10 +940,10 @@ def runs_by_split(folders):
     unique, (first, *_) = len({folder.name for folder in folders}) == len(folders), models.values()
     for of_split in models.values():
         (head, config), *_ = of_split.values()
-        if of_split.keys() != first.keys():
-            differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
-            raise data.DataError(f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they "
-                                 "differ in the split alone, and side by side if they have the same")
+        differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
+        ptrag.require(of_split.keys() == first.keys(),
+                      f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
+                      "the split alone, and side by side if they have the same")
         prefix = f"{head.name if unique else head}/" * (len(models) > 1)
         for split, run in of_split.items():
             runs.setdefault(split, []).append((*run, prefix))
@@ -1000,9 +998,8 @@ def evaluate_files(options, say=data.say):
     theirs = {names for names in theirs if names[1] != real.perturbations[0]}
     conditions = sorted(ours[names] for names in theirs & set(ours))
     text = lambda names: data.listed(" / ".join(name) for name in sorted(names)) or "none"
-    if not conditions:
-        raise data.DataError(f"{pred}: has no condition of {options.real}: {text(theirs)} against "
-                             f"{text(ours)}; perturbations and cell lines must have the same names")
+    ptrag.require(conditions, f"{pred}: has no condition of {options.real}: {text(theirs)} against "
+                  f"{text(ours)}; perturbations and cell lines must have the same names")
     for path, what, lonely in ((pred, "have no real cells", theirs - set(ours)),
                                (options.real, "are not predicted", set(ours) - theirs)):
         if lonely:

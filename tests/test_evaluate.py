@@ -541,7 +541,7 @@ def test_runs_stand_side_by_side_only_if_made_from_the_same_cells(make_run, tmp_
     labels = methods_of(evaluate.evaluate_runs([one, two], say=lambda line: None))
     assert labels[-4:] == ["one/state", "one/ptrag", "two/state", "two/ptrag"]
     assert (tmp_path / "one+two" / "summary.csv").exists() and not (one / "summary.csv").exists()
-    with pytest.raises(data.DataError, match="three: has seed 1"):
+    with pytest.raises(ptrag.InputError, match="three: has seed 1"):
         evaluate.evaluate_runs([one, make_run("three", seed=1)])
 
 
@@ -563,7 +563,7 @@ def test_runs_that_differ_in_the_split_alone_are_pooled_into_one_table_with_one_
     assert "by models of different splits 1.00" in printed and "simB mean over conditions" in printed
     four = methods_of(evaluate.evaluate_runs([a, b, other, again]))  # two models, each on two splits
     assert "a/ptrag" in four and "other/ptrag" in four and "again/ptrag" not in four
-    with pytest.raises(data.DataError, match="other: differs from .* in lr, split"):
+    with pytest.raises(ptrag.InputError, match="other: differs from .* in lr, split"):
         run(a, other)
 
 
