@@ -543,7 +543,7 @@ def response_similarity(dataset, rows, tasks):
         responses, pool, _ = tasks[split]
         code = dataset.cell_lines.index(line)
         genes, table = zip(*((dataset.perturbations[p], r) for (at, p), r in responses.items() if at == code))
-        unit = np.stack(table) / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)  # (N, G)
+        unit = torch.nn.functional.normalize(torch.from_numpy(np.stack(table)), dim=1).numpy()  # (N, G)
         for (_, query), its in group(of_line, "seed", "perturbation").items():
             cosine = dict(zip(genes, (unit @ unit[genes.index(query)]).tolist()))
             others = (pool & cosine.keys()) - {query, *(row["candidate"] for row in its)}
@@ -640,10 +640,11 @@ def make_tables(summary, full=True):
     """Values at equal counts, positions and comparisons, of the first metrics or all; each table a list of
     (label, cell texts), the first of them title and headings."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels, count = list(dict.fromkeys(method for method, _ in cell)), max(row["compared"] for row in summary)
+    labels = list(dict.fromkeys(row["method"] for row in summary))
+    count = max(row["compared"] for row in summary)
     methods = [label for label in labels if label not in ANCHORS]
     compared = [label for label in labels if cell[label, "mae"]["compared"]]
-    every, others = list(METRICS), [metric for metric in METRICS if metric not in FIRST_METRICS]
+    every, others = [*METRICS], [metric for metric in METRICS if metric not in FIRST_METRICS]
     halves = [every[:10], every[10:]] if full else []
 
     def value(row):
@@ -958,8 +959,9 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
     `out` (the run's folder; for several a folder A+B beside the first) and prints the table, all of it with
     `full`. dataset, split: those of the first run, loaded anew if not given."""
     folders = [Path(folder) for folder in folders]
+    splits = runs_by_split(folders)
     conditions, notes, tasks, candidates, log = [], [], {}, [], []
-    for rule, runs in runs_by_split(folders).items():
+    for rule, runs in splits.items():
         config, contenders, said = runs[0][1], [], []
         if dataset is None:
             dataset, split = ptrag.open_data(config)
@@ -974,14 +976,13 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
         baselines, more = baseline_responses(dataset, split.test, *known, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
-        trained = {p for _, p in split.train}
-        conditions += [measured._replace(split=rule, untrained=p not in trained)
-                       for measured, (_, p) in zip(results.conditions, split.test)]
-        notes.append((rule, [*results.notes, *said, *more]))
+        trained = {dataset.perturbations[p] for _, p in split.train}
+        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in trained)
+                       for measured in results.conditions]
+        notes += [f"{rule}: " * (len(splits) > 1) + note for note in (*results.notes, *said, *more)]
         name = config.test_pool or config.pool
         pool = {dataset.perturbations[p] for p in ptrag.pool_of(name, dataset, split)}
         tasks[rule] = responses, pool, name
-    notes = [f"{rule}: " * (len(notes) > 1) + note for rule, of_rule in notes for note in of_rule]
     results = Results(conditions, notes)
     retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
