@@ -257,7 +257,7 @@ class Measured(NamedTuple):
     """All measurements of a condition."""
     names: tuple             # cell line, perturbation
     counts: tuple            # real cells, predicted cells
-    rows: dict               # (label, seed) -> (2, M): ALL_CELLS; half A of the real and |half B| cells
+    rows: dict               # (label, seed) -> (2, M): ALL_CELLS; EQUAL_COUNTS, half A against |half B| cells
     points: list             # of control, real, predicted cells: (60, 2) in PCA space, or fewer
     impossible: int = 0      # predicted values that no cell has
     split: str = ""
@@ -309,9 +309,9 @@ def control_moments(dataset, lines, seed=0):
     of = lambda rows: moments(dataset.expression[rows[i:i + 1000]] for i in range(0, len(rows), 1000))
     found = {}
     for line in set(lines):
-        rows, names = dataset.cells(line, 0), names_of(dataset, (line, 0))
-        cut = halves(names, len(rows), seed) if len(rows) > 1 else [[0], [0]]
-        found[line] = of(rows), np.stack([of(rows[half]).mean for half in cut])
+        rows = dataset.cells(line, 0)
+        cut = halves(names_of(dataset, (line, 0)), len(rows), seed)  # a single cell is both halves
+        found[line] = of(rows), np.stack([of(rows[half] if len(half) else rows).mean for half in cut])
     return found
 
 

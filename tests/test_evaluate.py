@@ -382,11 +382,11 @@ def test_overlap_between_lines_falls_below_shuffled_lines_only_where_selection_d
     assert len(evaluate.line_overlap(same_line, cells, rng(0))) == 0
 
 
-@pytest.mark.parametrize("values, said", [
-    ((0.88, 0.9), "settled at using nearly all"), ((0.12, 0.13), "noise floor"), ((0.9, 0.2, 0.4), "chooses"),
-    ((0.0, 0.01), "settled at none"), ((0.5, 0.5), "indifferent")])
-def test_where_selection_settles_is_said_in_words(values, said):
-    assert said in evaluate.describe_selection(np.array(values))
+def test_where_selection_settles_is_said_in_words():
+    for values, said in {(0.88, 0.9): "settled at using nearly all", (0.12, 0.13): "noise floor",
+                         (0, 0.01): "settled at none", (0.5, 0.5): "indifferent",
+                         (0.9, 0.2, 0.4): "chooses"}.items():
+        assert said in evaluate.describe_selection(values)
 
 
 def test_response_similarity_compares_candidates_with_the_rest_of_the_pool():
