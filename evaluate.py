@@ -652,10 +652,8 @@ def make_tables(summary, full=True):
         stars = "".join("*" for limit in (0.05, 0.01, 0.001) if row["p_adjusted"] <= limit)
         return f"{short(row['mean_equal'])}{spread}{stars:<3}"
 
-    def comparison(row):
-        total = f"/{row['compared']}" * (row["compared"] < count)
-        return f"{row['reference_better']}{total}" if row["compared"] else "–"
-
+    comparison = lambda row: "–" if not row["compared"] else (
+        f"{row['reference_better']}" + f"/{row['compared']}" * (row["compared"] < count))
     position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     tables = []
     for title, rows, parts, text in (
@@ -931,9 +929,8 @@ def runs_by_split(folders):
     for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
-            ptrag.require(theirs[name] == ours[name],
-                          f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; runs on "
-                          "different cells cannot stand in one table")
+            ptrag.require(theirs[name] == ours[name], f"{folder}: has {name} {theirs[name]!r}, {folders[0]} "
+                          f"{ours[name]!r}; runs on different cells cannot stand in one table")
         model = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
         while config.split in models.setdefault(model, {}):
             model += "again",  # the same model on the same split: side by side
