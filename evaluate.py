@@ -713,19 +713,19 @@ text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: 
 
 def figure(title, series, x_ticks, y_ticks, width=330, height=180):
     """A plot as inline SVG: scale, legend, and dots or a line for each series.
-    series: (name, colour, "dots" | "curve", points (k, 2)), a name once in the legend. ticks: (value, text),
+    series: (name, colour, "dots" | "curve", x (k,), y (k,)), a name once in the legend. ticks: (value, text),
     ascending: first and last span the axis, what lies beyond is drawn at its edge; drawn if it has a text."""
     left = 12 + 6 * max(len(text) for _, text in y_ticks)
-    share = lambda value, ticks: np.clip((value - ticks[0][0]) / max(ticks[-1][0] - ticks[0][0], 1e-12), 0, 1)
-    x, y = lambda v: left + width * share(v, x_ticks), lambda v: 8 + height * (1 - share(v, y_ticks))
+    x = lambda v: np.interp(v, [x_ticks[0][0], x_ticks[-1][0]], [left, left + width])
+    y = lambda v: np.interp(v, [y_ticks[0][0], y_ticks[-1][0]], [8 + height, 8])
     marks = [(f"{x(v):.0f} 8v{height}", x(v), height + 22, "middle", text) for v, text in x_ticks if text]
     marks += [(f"{left} {y(v):.0f}h{width}", left - 6, y(v) + 4, "end", text) for v, text in y_ticks if text]
     parts = [f'<rect x="{left}" y="8" width="{width}" height="{height}"/>']
     for path, a, b, anchor, text in marks:
         parts.append(f'<path d="M{path}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">'
                      f"{html.escape(text)}</text>")
-    for _, colour, kind, points in series:
-        pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[:, 0]), y(points[:, 1]))]
+    for _, colour, kind, *points in series:
+        pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[0]), y(points[1])) if a == a]
         path = "".join(f"M{pair}h0" for pair in pairs) if kind == "dots" else "M" + "L".join(pairs)
         parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' * bool(pairs))
     legend = {name: f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
@@ -749,9 +749,8 @@ def strips(results, summary):
             gain = average(results.values(label, metric), 0) - results.values(FLOOR, metric)[0]
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
-            bar = np.array([(cell[label, metric]["position"], y + end) for end in (-0.4, 0.4)])
-            series += [("", colour, "dots", np.stack([x, np.full(len(x), y)], 1)[~np.isnan(x)]),
-                       ("", "currentColor", "curve", bar)]
+            bar = [cell[label, metric]["position"]] * 2, [y - 0.4, y + 0.4]
+            series += [("", colour, "dots", x, [y] * len(x)), ("", "currentColor", "curve", *bar)]
         if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
             title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
             figures.append(figure(title, series, *ticks, height=15 * len(labels)))
@@ -765,8 +764,8 @@ def training_figures(log):
                           ("sparsity", "selection probability: share of candidates selected")):
         series, known = [], [row for row in log if 0 < row[column] < math.inf]
         for (label, *_), rows in group(known, "label", "split", "seed").items():
-            points = np.array([(row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]])
-            series.append((label, f"var(--c{labels.index(label) % 6})", "curve", points))
+            points = zip(*((row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]))
+            series.append((label, f"var(--c{labels.index(label) % 6})", "curve", *points))
         if known:
             steps, values = zip(*((row["step"], row[column]) for row in known))
             ends = (0, 1) if column == "sparsity" else (min(values), np.quantile(values, 0.98))
@@ -797,8 +796,8 @@ def scatters(results):
         condition = results.conditions[i]
         every = np.concatenate(condition.points)
         if every.shape[1] == 2:
-            names, colours = ("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)")
-            series = list(zip(names, colours, ["dots"] * 3, condition.points))
+            kinds = ("control", "var(--base)"), ("real", "var(--c1)"), ("predicted", "var(--c0)")
+            series = [(*kind, "dots", *points.T) for kind, points in zip(kinds, condition.points)]
             ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
             title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
             figures.append(figure(title, series, *ticks, 300, 210))
