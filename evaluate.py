@@ -1048,8 +1048,8 @@ def export(folder, out, say=data.say):
     config, written = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
-    names = [(gene if p else "non-targeting", line) for (_, p), (line, gene)
-             in ((condition, names_of(dataset, condition)) for condition in conditions)]
+    names = [(dataset.perturbations[p] if p else "non-targeting", dataset.cell_lines[line])
+             for line, p in conditions]
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
     real = lambda c: dataset.expression[pick(c) if c[1] else dataset.cells(*c)]  # all of the control cells
     contenders, *_ = read_run(folder, config, "", dataset, split, say)
