@@ -296,7 +296,7 @@ def test_baselines_are_the_means_their_names_say_without_the_cells_of_test_condi
         found.append(evaluate.baseline_responses(dataset, test, *known, top_k))
         dataset.expression[np.concatenate([dataset.cells(*condition) for condition in test])] = 7
     (responses, said), (after, _) = found
-    assert list(responses) == list(expected) and all(any(note in text for text in said) for note in notes)
+    assert list(responses) == list(expected) and all(note in " ".join(said) for note in notes)
     for name, means in expected.items():
         assert all((responses[name][condition] == after[name][condition]).all() for condition in test), name
         value = [dataset.expression[dataset.cells(*c)].mean(0) - controls[c[0]][0].mean for c in means or []]
@@ -436,8 +436,7 @@ def test_two_files_are_compared_whatever_the_order_and_names_of_genes_and_the_sc
     def compare(real, pred, *options):
         assert main("--real", f"{real}.h5ad", "--pred", f"{pred}.h5ad", "-o", "out", *options) == 0
         return table("out/metrics.csv")
-    names = list(itertools.product("AB", ["g0", "p", "q"]))
-    order = [3, 1, 0, 7, 2, 6, 5, 4]
+    names, order = list(itertools.product("AB", ["g0", "p", "q"])), [3, 1, 0, 7, 2, 6, 5, 4]
     predicted = made(dict.fromkeys([*names, ("A", "unknown")], (8, 0)), 8, noise=1)
     predicted.expression -= 0.5  # predictions may be negative
     write("pred.h5ad", predicted)
@@ -449,8 +448,8 @@ def test_two_files_are_compared_whatever_the_order_and_names_of_genes_and_the_sc
         "w2_half_squared_marginal,sw1,sw2,energy,energy_marginal,mmd,pearson_deg,spearman_deg,n_deg,"
         "pearson_delta,pearson_delta_perturbed_mean,mae,mse,mse_pca,discrimination,discrimination_cosine")
     assert [tuple(row.values())[:4] for row in rows] == [(*pair, "16", "8") for pair in names]
-    mean = of_metric(table("out/summary.csv"), "prediction")["energy"]["mean"]
-    assert float(mean) == pytest.approx(np.mean([float(row["energy"]) for row in rows]), rel=1e-5)
+    mean = float(of_metric(table("out/summary.csv"), "prediction")["energy"]["mean"])
+    assert mean == pytest.approx(np.mean([float(row["energy"]) for row in rows]), rel=1e-5)
     assert "1 conditions have no real cells and are left out: A / unknown" in printed
     assert "6 conditions" in printed and max(map(len, printed.splitlines())) <= 140
     assert [compare("real", name) for name in ("pred", "turned", "numbered")] == [rows] * 3
@@ -553,8 +552,8 @@ def test_runs_that_differ_in_the_split_alone_are_pooled_into_one_table_with_one_
     alone = run(a), run(b)
     count, expected = ([row[name] for row in alone] for name in ("conditions", "mean"))
     assert pooled["conditions"] == sum(count) and f"{sum(count)} conditions" in printed
-    lines = [row for row in table(tmp_path / "a+b" / "lines.csv") if row["metric"] == "energy"]
-    means = [float(row["mean"]) for row in lines if row["method"] == "ptrag"]
+    means = [float(row["mean"]) for row in table(tmp_path / "a+b" / "lines.csv")
+             if (row["method"], row["metric"]) == ("ptrag", "energy")]
     assert means == pytest.approx(expected, rel=1e-5)
     assert pooled["mean"] == pytest.approx(np.average(means, weights=count), rel=1e-5)
     found = {(row["split"], row["cell_line"]) for row in table(tmp_path / "a+b" / "metrics.csv")}
