@@ -10,7 +10,6 @@ components, P populations compared with the same real cells (methods, baselines,
 R rows of the table, M measured columns.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import functools
@@ -22,7 +21,7 @@ import sys
 import textwrap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -41,9 +40,8 @@ METRICS = {  # name in the files: (heading, +1 where larger is better, -1 where 
     "mse_pca": ("MSE PCA", -1), "discrimination": ("discrim", 1), "discrimination_cosine": ("discrim cos", 1),
 }
 FIRST_METRICS = ["w1", "w2", "sw1", "sw2", "energy", "pearson_delta"]
-CONDITION_COLUMNS = list(METRICS)                          # metrics.csv, after the counts
-CONDITION_COLUMNS.insert(CONDITION_COLUMNS.index("pearson_delta"), "n_deg")
-COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]   # all that is measured
+CONDITION_COLUMNS = [*METRICS][:13] + ["n_deg"] + [*METRICS][13:]   # metrics.csv, after the counts
+COLUMNS = [*CONDITION_COLUMNS, "sw1_error", "sw2_error"]            # all that is measured
 ANCHORS = "other real half (ceiling)", "its mean, repeated (collapse)", "no change (floor)"
 CEILING, COLLAPSE, FLOOR = ANCHORS
 HIGHEST = math.log1p(10_000)                               # of a gene that has all counts of its cell
@@ -60,31 +58,24 @@ class Moments(NamedTuple):
     count: int
 
 
-def add_up(blocks, square):
-    """Count and mean of cells in blocks (n, G); means of the cells less a first mean, and of their `square`.
-    """
+def moments(blocks, square=lambda cells: (cells ** 2).sum(0)):
+    """`Moments` of cells that arrive in blocks (n, G); covariance (G, G) if `square` is X -> X' X."""
     count, shift, total, squares = 0, None, 0.0, 0.0
     for block in blocks:
         block = np.asarray(block, dtype=np.float64)
-        shift = block.mean(0) if shift is None else shift
+        shift = block.mean(0) if shift is None else shift  # near the mean: no digits are lost in the squares
         block = block - shift
         count, total, squares = count + len(block), total + block.sum(0), squares + square(block)
-    return count, shift + total / count, total / count, squares / count
-
-
-def moments(blocks):
-    """`Moments` of cells that arrive in blocks (n, G)."""
-    count, mean, offset, squares = add_up(blocks, lambda block: (block ** 2).sum(0))
-    freedom = count - 1 if count > 1 else math.nan
-    return Moments(mean, np.maximum(squares - offset ** 2, 0) * count / freedom, count)
+    offset, freedom = total / count, count - 1 if count > 1 else math.nan
+    return Moments(shift + offset, (squares / count - square(offset[None])) * count / freedom, count)
 
 
 def fit_pca(blocks, components=50):
     """Principal axes of cells that arrive in blocks (n, G): centre (G,) and axes (G, d), both float32.
     Centred, not scaled; covariance in float64, decomposed exactly, no seed; each axis has its largest entry
     positive. d = min(components, cells - 1, genes - 1), less the directions without any variance."""
-    count, centre, offset, products = add_up(blocks, lambda block: block.T @ block)
-    values, vectors = torch.linalg.eigh(torch.from_numpy(products - np.outer(offset, offset)))
+    centre, covariance, count = moments(blocks, lambda cells: cells.T @ cells)
+    values, vectors = torch.linalg.eigh(torch.from_numpy(np.nan_to_num(covariance)))
     varied = int((values > 1e-10 * values[-1].clamp(min=1e-30)).sum())
     axes = vectors.flip(1)[:, :max(0, min(components, count - 1, len(centre) - 1, varied))]
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # sliced distances would see the sign
@@ -242,9 +233,8 @@ def condition_rows(real_cells, populations, line, comparison, truth, excluded):
     result = np.full((len(populations), len(COLUMNS)), np.nan)
     real_points, real = line.population(real_cells)[0], moments([real_cells])
     profiles, (real_control, control) = line.profiles[comparison], np.float32(line.subtracted[comparison])
-    sizes = [len(points) for points, _ in populations]
-    for size in set(sizes):
-        chosen = [i for i, own in enumerate(sizes) if own == size]
+    for size in {len(points) for points, _ in populations}:
+        chosen = [i for i, (points, _) in enumerate(populations) if len(points) == size]
         points, means = zip(*(populations[i] for i in chosen))
         points, means = torch.stack(points), np.stack(means)  # (P', m, d), (P', G)
         value = point_metrics(real_points, points) | mean_metrics(real, means, line, comparison)
@@ -256,52 +246,45 @@ def condition_rows(real_cells, populations, line, comparison, truth, excluded):
 
 
 class Contender(NamedTuple):
-    """A method of one seed. `cells(condition)` returns its predicted cells (m, G) float32."""
+    """A method of one seed: its predicted cells of a condition, a function to (m, G) float32."""
     label: str
     seed: str
     cells: Callable
+    empty: float = math.nan  # share of its cells that select nothing
 
 
-@dataclass
+class Measured(NamedTuple):
+    """All measurements of a condition."""
+    names: tuple             # cell line, perturbation
+    counts: tuple            # real cells, predicted cells
+    rows: dict               # (label, seed) -> (2, M): ALL_CELLS; EQUAL_COUNTS, half A against |half B| cells
+    points: list             # of control, real, predicted cells: (60, 2) in PCA space, or fewer
+    impossible: int = 0      # predicted values that no cell has
+    split: str = ""
+    untrained: bool = False  # no training condition perturbs the gene
+
+
 class Results:
-    """All measurements of a table."""
-    dataset: object
-    conditions: list       # C pairs (cell line, perturbation)
-    rows: list             # R pairs (label, seed): anchors, baselines, contenders
-    measured: np.ndarray   # (2, R, C, M): ALL_CELLS; EQUAL_COUNTS, half A of the real against |half B| cells
-    counts: np.ndarray     # (C, 2) real cells; predicted cells
-    points: np.ndarray     # (C, 3, 60, 2) of at most 60 control, real, predicted cells, else nan
-    splits: list           # C names of splits
-    untrained: np.ndarray  # (C,) bool: no training condition perturbs the gene
-    notes: list = field(default_factory=list)
+    """A table: its conditions; R rows (label, seed) of anchors, baselines, contenders; (2, R, C, M) measured
+    values, nan where a condition has no such row; notes."""
 
-    @property
-    def labels(self):
-        return list(dict.fromkeys(label for label, _ in self.rows))
-
-    @property
-    def reference(self):
-        """Label of the row the others are tested against, PT-RAG's; None without one."""
-        return next((label for label in self.labels if label.split("/")[-1] == "ptrag"), None)
+    def __init__(self, conditions, notes=()):
+        self.conditions, self.notes = conditions, [*notes]
+        self.rows = list(dict.fromkeys(row for condition in conditions for row in condition.rows))
+        missing = np.full((2, len(COLUMNS)), np.nan)
+        values = [[condition.rows.get(row, missing) for condition in conditions] for row in self.rows]
+        self.measured = np.moveaxis(np.array(values), 2, 0)
+        self.labels = list(dict.fromkeys(label for label, _ in self.rows))
+        self.reference = reference_of(self.labels)
 
     def values(self, label, metric, comparison=EQUAL_COUNTS):
         """(seeds, C) values of the rows of a label."""
         return self.measured[comparison, [row[0] == label for row in self.rows], :, COLUMNS.index(metric)]
 
 
-def pool_results(parts):
-    """`Results` of several splits as one; a row that a split does not have is nan there."""
-    rows = list(dict.fromkeys(row for part in parts for row in part.rows))
-    measured = [np.full((2, len(rows), len(part.splits), len(COLUMNS)), np.nan) for part in parts]
-    for values, part in zip(measured, parts):
-        values[:, [rows.index(row) for row in part.rows]] = part.measured
-        part.notes = [f"{part.splits[0]}: " * (len(parts) > 1) + note for note in part.notes]
-    joined = {name: [item for part in parts for item in getattr(part, name)]
-              for name in ("conditions", "splits", "notes")}
-    return Results(parts[0].dataset, rows=rows, measured=np.concatenate(measured, axis=2), **joined,
-                   counts=np.concatenate([part.counts for part in parts]),
-                   points=np.concatenate([part.points for part in parts]),
-                   untrained=np.concatenate([part.untrained for part in parts]))
+def reference_of(labels):
+    """The label of the row that the others are tested against, PT-RAG's; None without one."""
+    return next((label for label in labels if label.split("/")[-1] == "ptrag"), None)
 
 
 def names_of(dataset, condition):
@@ -322,16 +305,13 @@ def halves(names, count, seed):
 
 
 def control_moments(dataset, lines, seed=0):
-    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves; else `DataError`."""
+    """Of each line's control cells: line -> `Moments`, and means (2, G) of two halves."""
     of = lambda rows: moments(dataset.expression[rows[i:i + 1000]] for i in range(0, len(rows), 1000))
     found = {}
     for line in set(lines):
-        rows, names = dataset.cells(line, 0), names_of(dataset, (line, 0))
-        if not len(rows):
-            raise data.DataError(f"{dataset.name}: cell line {names[0]} has no control cells ({names[1]}), "
-                                 "which evaluation needs as its floor")
-        cut = halves(names, len(rows), seed) if len(rows) > 1 else [[0], [0]]
-        found[line] = of(rows), np.stack([of(rows[half]).mean for half in cut])
+        rows = dataset.cells(line, 0)
+        cut = halves(names_of(dataset, (line, 0)), len(rows), seed)  # a single cell is both halves
+        found[line] = of(rows), np.stack([of(rows[half] if len(half) else rows).mean for half in cut])
     return found
 
 
@@ -353,55 +333,50 @@ def describe_line(dataset, conditions, control, pick, seed):
 def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures anchors, baselines and contenders on every condition, a cell line after the other: `Results`.
     baselines: label -> condition -> response (G,); controls: see `control_moments`."""
-    rows = [(label, "") for label in (*ANCHORS, *baselines)] + [(c.label, c.seed) for c in contenders]
-    C, impossible = len(conditions), 0
-    results = Results(dataset, conditions, rows, np.full((2, len(rows), C, len(COLUMNS)), np.nan),
-                      np.zeros((C, 2), int), np.full((C, 3, 60, 2), np.nan), [""] * C, np.zeros(C, bool))
-    if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
-        results.notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
+    found, C = {}, len(conditions)
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
     threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
     for code in sorted({line for line, _ in conditions}):
-        of_line = [i for i, (line, _) in enumerate(conditions) if line == code]
-        line = describe_line(dataset, [conditions[i] for i in of_line], controls[code], pick, seed)
-
-        def one(truth, i, line=line):
-            predicted = [contender.cells(conditions[i]) for contender in contenders]
-            measure_condition(results, i, line, truth, pick(conditions[i]), predicted, baselines, seed)
-            return sum(int((population > HIGHEST).sum()) for population in predicted)
-
-        for number in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
-            impossible += number
+        of_line = [condition for condition in conditions if condition[0] == code]
+        line = describe_line(dataset, of_line, controls[code], pick, seed)
+        one = functools.partial(measure_condition, dataset, line, contenders, baselines, pick, seed)
+        for measured in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
+            found[measured.names] = measured
             if sys.stdout.isatty():
-                done = (results.counts[:, 0] > 0).sum()
-                print(f"\revaluating condition {done} of {C}", end="" if done < C else "\r\x1b[K", flush=True)
-    if impossible:
-        results.notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
-    return results
+                end = "" if len(found) < C else "\r\x1b[K"
+                print(f"\revaluating condition {len(found)} of {C}", end=end, flush=True)
+    notes = []
+    if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
+        notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
+    if impossible := sum(measured.impossible for measured in found.values()):
+        notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
+    return Results([found[names_of(dataset, condition)] for condition in conditions], notes)
 
 
-def measure_condition(results, i, line, truth, cells, predicted, baselines, seed):
-    """Condition i, profile `truth` of its line, into `results`; cells: rows of real and of control cells;
-    predicted: cells (m, G) of each contender."""
-    dataset, condition = results.dataset, results.conditions[i]
-    names, (real, control) = names_of(dataset, condition), (dataset.expression[rows] for rows in cells)
+def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, condition):
+    """`Measured` of a condition, number `truth` of its line; the others: see `measure`, `describe_line`."""
+    names = names_of(dataset, condition)
+    real, control = (dataset.expression[rows] for rows in pick(condition))
     excluded = np.isin(dataset.genes, names[1].split("+"))
-    half_a, half_b = halves(names, len(real), seed)
-    half_b = half_b[:min([len(half_b), *map(len, predicted)])]
+    predicted = [contender.cells(condition) for contender in contenders]
     shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
     populations = [control, *shifted, *predicted]
-    whole = list(map(line.population, populations))
-    results.measured[ALL_CELLS, 2:, i] = condition_rows(real, whole, line, ALL_CELLS, truth, excluded)
-    if len(half_b):
-        mean = np.float32(real[half_b].mean(0, keepdims=True, dtype=np.float64))
-        equal = [real[half_b], np.repeat(mean, len(half_b), axis=0)]  # ceiling and collapse
-        equal += [cells[seeded_subset(names, len(cells), len(half_b), seed)] for cells in populations]
-        results.measured[EQUAL_COUNTS, :, i] = condition_rows(
-            real[half_a], list(map(line.population, equal)), line, EQUAL_COUNTS, truth, excluded)
-    results.counts[i] = len(real), len(predicted[0]) if predicted else len(real)
-    pictured = next((k for k, row in enumerate(results.rows[2:]) if row[0] == results.reference), -1)
-    for kind, (points, _) in enumerate((whole[0], line.population(real), whole[pictured])):
-        results.points[i, kind, :len(points), :points.shape[1]] = points[:60, :2]  # copied, not kept alive
+    compare = lambda comparison, real, populations: condition_rows(
+        real, list(map(line.population, populations)), line, comparison, truth, excluded)
+    values = np.full((2, 2 + len(populations), len(COLUMNS)), np.nan)
+    values[ALL_CELLS, 2:] = compare(ALL_CELLS, real, populations)
+    half_a, half_b = halves(names, len(real), seed)
+    if n := min([len(half_b), *map(len, predicted)]):
+        ceiling = real[half_b[:n]]
+        collapse = np.repeat(np.float32(ceiling.mean(0, keepdims=True, dtype=np.float64)), n, axis=0)
+        equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
+        values[EQUAL_COUNTS] = compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
+    rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
+    labels = [contender.label for contender in contenders]
+    pictured = control, real, predicted[labels.index(reference_of(labels) or labels[-1])]
+    points = [line.population(cells[:60])[0][:, :2].numpy().copy() for cells in pictured]
+    return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))), points,
+                    sum(int((cells > HIGHEST).sum()) for cells in predicted))
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -467,19 +442,20 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
             means[line, p], learned[line, p] = mean, predict(embeddings[[p]])[0]
             elsewhere |= {(line, p): np.mean(others, axis=0)} if others else {}
             nearest |= {(line, p): responses[np.isin(genes, neighbours[p])].mean(0)} if k else {}
-    missing = len(conditions) - len(elsewhere)
     borrowing = data.listed(dataset.cell_lines[line] for line in sets if line not in trained)
+    missing = f"{len(conditions) - len(elsewhere)} of {len(conditions)} conditions"
     penalised = f"ridge penalty {penalty:g} (times the mean eigenvalue)"
-    fallen = f"{missing} of {len(conditions)} conditions fall back on the line's mean"
-    notes = [note for occurs, note in (
-        (True, f"{penalised}, chosen on {len(validation)} conditions"),
-        (missing and elsewhere, f"gene in the other lines: {fallen}"),
-        (not elsewhere, "no row for the gene's response in the other lines: it is not trained there"),
-        (k < top_k, f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes"),
-        (borrowing, f"no training conditions in {borrowing}: its baselines use the other lines")) if occurs]
+    notes = {
+        f"{penalised}, chosen on {len(validation)} conditions": True,
+        f"gene in the other lines: {missing} fall back on the line's mean":
+            0 < len(elsewhere) < len(conditions),
+        "no row for the gene's response in the other lines: it is not trained there": not elsewhere,
+        f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes": k < top_k,
+        f"no training conditions in {borrowing}: its baselines use the other lines": borrowing}
     found = {"line's mean response": means, "gene in the other lines": elsewhere and means | elsewhere,
              f"{k} nearest genes": nearest, "ridge on embeddings": learned}
-    return {label: response for label, response in found.items() if response}, notes
+    return ({label: response for label, response in found.items() if response},
+            [note for note, occurs in notes.items() if occurs])
 
 
 # -------------------------------------------------------------------------------- significance and summary
@@ -525,7 +501,7 @@ def summarise(results):
     floor) / (ceiling - floor), nan where the ceiling is not better; narrow: the collapse beats it by over 0.1
     % of that gap; p, p_adjusted: Mann-Whitney U against the reference row, Benjamini-Hochberg over the table.
     untrained: conditions in which a one-hot row uses a column that nothing has trained."""
-    summary = []
+    summary, untrained = [], sum(condition.untrained for condition in results.conditions)
     for label, (metric, (_, sign)) in itertools.product(results.labels, METRICS.items()):
         better = lambda a, b: (a - b) * sign > 1e-6 * np.maximum(np.abs(a), np.abs(b))  # more than rounding
         values, equal = results.values(label, metric, ALL_CELLS), results.values(label, metric)
@@ -536,7 +512,7 @@ def summarise(results):
         equal_means, gap = average(equal[:, usable], 1), ceiling - floor
         mean_equal = float(average(equal_means))
         error = results.values(label, f"{metric}_error", ALL_CELLS) if metric in ("sw1", "sw2") else math.nan
-        row = {
+        summary.append({
             "method": label, "metric": metric, "mean": float(average(average(values, 1))),
             "standard_error": deviation(per_condition) / math.sqrt(max(len(per_condition), 1)),
             "conditions": len(per_condition), "seeds": len(values), "spread": deviation(average(values, 1)),
@@ -545,13 +521,12 @@ def summarise(results):
             "position": (mean_equal - floor) / gap if better(ceiling, floor) else math.nan,
             "narrow": int(better(collapse, ceiling) and abs(collapse - ceiling) > 1e-3 * abs(gap)),
             "p": math.nan, "p_adjusted": math.nan, "reference_better": math.nan, "compared": 0,
-            "untrained": int(results.untrained.sum()) if label.split("/")[-1] == "state" else 0}
+            "untrained": untrained * (label.split("/")[-1] == "state")})
         if results.reference not in (None, label) and label not in (CEILING, COLLAPSE):
             pair = np.stack([average(equal, 0), average(results.values(results.reference, metric), 0)])
             theirs, ours = pair[:, ~np.isnan(pair).any(0)]
-            row |= {"p": mann_whitney(theirs, ours), "compared": len(ours),
-                    "reference_better": int(better(ours, theirs).sum())}
-        summary.append(row)
+            summary[-1] |= {"p": mann_whitney(theirs, ours), "compared": len(ours),
+                            "reference_better": int(better(ours, theirs).sum())}
     for row, p in zip(summary, benjamini_hochberg([row["p"] for row in summary]).tolist()):
         row["p_adjusted"] = p
     return summary
@@ -559,19 +534,41 @@ def summarise(results):
 
 # ----------------------------------------------------------------------------------------------- retrieval
 
-def line_overlap(groups, cells, generator):
+def response_similarity(dataset, rows, tasks):
+    """For each query in rows of retrieval.csv, (queries, 5), nan where unknown: mean cosine of its measured
+    response with those of its candidates, of the pool's other genes, of its selected and its unselected
+    candidates; rank correlation over the candidates of selection probability and that cosine."""
+    found = []
+    for (split, line), of_line in group(rows, "split", "cell_line").items():
+        responses, pool, _ = tasks[split]
+        code = dataset.cell_lines.index(line)
+        genes, table = zip(*((dataset.perturbations[p], r) for (at, p), r in responses.items() if at == code))
+        unit = torch.nn.functional.normalize(torch.from_numpy(np.stack(table)), dim=1).numpy()  # (N, G)
+        for (_, query), its in group(of_line, "seed", "perturbation").items():
+            cosine = dict(zip(genes, (unit @ unit[genes.index(query)]).tolist()))
+            others = (pool & cosine.keys()) - {query, *(row["candidate"] for row in its)}
+            known = [(row["selected"], row["probability"], cosine[row["candidate"]]) for row in its
+                     if row["candidate"] in cosine]
+            selected, probability, similar = np.array(known).reshape(-1, 3).T
+            correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
+            found.append([average(similar), average(np.array([cosine[name] for name in others])),
+                          average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
+    return np.array(found, float)
+
+
+def line_overlap(rows, cells, generator):
     """Overlap of the sets selected for a gene in two cell lines: (pairs, 3) of the Jaccard overlap, the same
-    under shuffled lines, and whether both are of one model.
-    groups: (split, seed, line, gene) -> rows of retrieval.csv; cells: (split, line, gene) -> count. A set:
-    what more than half of the cells select. Shuffled: the cells of both lines are pooled and cut anew, which
-    keeps how often a candidate is selected and forgets in which line."""
-    of_gene, overlaps = lambda key: (key[1], key[3]), []
-    for _, keys in itertools.groupby(sorted(groups, key=of_gene), of_gene):
-        for a, b in itertools.combinations(keys, 2):
-            if a[2] == b[2]:
+    under shuffled lines, and whether both are of one model. rows: of retrieval.csv; cells: (split, line,
+    gene) -> count. A set: what more than half of the cells select. Shuffled: the cells of both lines are
+    pooled and cut anew, which keeps how often a candidate is selected and forgets in which line."""
+    overlaps = []
+    for (_, gene), of_gene in sorted(group(rows, "seed", "perturbation").items()):
+        sides = group(of_gene, "split", "cell_line")
+        for a, b in itertools.combinations(sides, 2):
+            if a[1] == b[1]:
                 continue
-            shares = [{row["candidate"]: row["selected"] for row in groups[key]} for key in (a, b)]
-            n, m = (cells[split, line, gene] for split, _, line, gene in (a, b))
+            shares = [{row["candidate"]: row["selected"] for row in sides[side]} for side in (a, b)]
+            n, m = (cells[(*side, gene)] for side in (a, b))
             used = [[share.get(name, 0) for name in sorted(shares[0] | shares[1])] for share in shares]
             used = np.rint(np.array(used) * [[n], [m]]).astype(int)  # (2, candidates) cells
             drawn = generator.hypergeometric(used.sum(0), n + m - used.sum(0), n)
@@ -579,28 +576,6 @@ def line_overlap(groups, cells, generator):
             jaccard = [(x & y).sum() / (x | y).sum() if (x | y).any() else math.nan for x, y in sets]
             overlaps.append([*jaccard, a[0] == b[0]])
     return np.array(overlaps).reshape(-1, 3)
-
-
-def response_similarity(dataset, groups, responses, pool):
-    """(conditions, 5), nan where unknown: mean cosine of the query's measured response with those of its
-    candidates, of the pool's other genes, of its selected and its unselected candidates; rank correlation
-    over the candidates of selection probability and that cosine."""
-    unit, found = {}, []
-    for condition, response in responses.items():
-        line, gene = names_of(dataset, condition)
-        unit.setdefault(line, {})[gene] = response / max(np.linalg.norm(response), 1e-12)
-    table = {line: np.stack(list(genes.values())) for line, genes in unit.items()}  # (N, G) each
-    for (*_, line, p), rows in groups.items():
-        cosine = dict(zip(unit[line], (table[line] @ unit[line][p]).tolist()))
-        del cosine[p]
-        others = (pool & cosine.keys()) - {row["candidate"] for row in rows}
-        known = [(row["selected"], row["probability"], cosine[row["candidate"]]) for row in rows
-                 if row["candidate"] in cosine]
-        selected, probability, similar = np.array(known).reshape(-1, 3).T
-        correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
-        found.append([average(similar), average(np.array([cosine[name] for name in others])),
-                      average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
-    return np.array(found, float).reshape(-1, 5)
 
 
 def describe_selection(probability):
@@ -614,37 +589,30 @@ def describe_selection(probability):
     return f"selection {state} (probability {mean:.2f} ± {spread:.2f} over conditions and candidates)"
 
 
-def describe_retrieval(results, candidates, tasks, empty):
-    """The retrieval report, lines of text for each row of the table that retrieves.
-    candidates: rows of retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the
-    pool; what the pool is called); empty: label -> share of cells that select nothing (nan without
-    selection)."""
+def describe_retrieval(dataset, results, candidates, tasks):
+    """The retrieval report, lines of text for each row of the table that selects. candidates: rows of
+    retrieval.csv; tasks: split -> (measured responses, condition -> (G,); names in the pool; its name)."""
     lines, pools = [], data.listed(dict.fromkeys(name for *_, name in tasks.values()))
-    cells = {(split, *names_of(results.dataset, condition)): int(count) for split, condition, count
-             in zip(results.splits, results.conditions, results.counts[:, 1])}
+    cells = {(condition.split, *condition.names): condition.counts[1] for condition in results.conditions}
     for (label,), rows in group(candidates, "label").items():
-        groups = group(rows, "split", "seed", "cell_line", "perturbation")
-        of_split = lambda split: {key: rows for key, rows in groups.items() if key[0] == split}
-        similarity = np.concatenate([response_similarity(results.dataset, of_split(split), responses, pool)
-                                     for split, (responses, pool, _) in tasks.items()])
         near, random, used, unused, correlation = (
-            f"{short(average(column))} ({(~np.isnan(column)).sum()})" for column in similarity.T)
+            f"{short(average(column))} ({(~np.isnan(column)).sum()})"
+            for column in response_similarity(dataset, rows, tasks).T)
+        probability, empty = np.array([(row["probability"], row["empty"]) for row in rows]).T
         texts = [f"measured responses of candidates (pool {pools}) resemble the query's with cosine {near}, "
-                 f"those of the pool's other genes with {random} (in brackets: conditions)"]
-        probability = [row["probability"] for row in rows]
-        if not np.isnan(probability).any():
-            texts += [f"{describe_selection(probability)}; {100 * empty[label]:.1f} % of cells use none",
-                      f"selected candidates {used}, unselected {unused}; rank correlation of selection "
-                      f"probability with the cosine of responses {correlation}"]
-            overlaps = line_overlap(groups, cells, np.random.default_rng(0))
-            known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
-            for one_model, models in ((1, "one model"), (0, "models of different splits")):
-                if len(pairs := known[known[:, 2] == one_model]):
-                    observed, shuffled, _ = pairs.mean(0)
-                    texts.append(f"Jaccard overlap of the sets selected for a gene in two lines by {models} "
-                                 f"{observed:.2f}, with lines shuffled {shuffled:.2f} ({len(pairs)} pairs)")
-            if not len(overlaps):
-                texts.append("no gene is tested in two cell lines, so selected sets have no overlap")
+                 f"those of the pool's other genes with {random} (in brackets: conditions)",
+                 f"{describe_selection(probability)}; {100 * empty.mean():.1f} % of cells use none",
+                 f"selected candidates {used}, unselected {unused}; rank correlation of selection "
+                 f"probability with the cosine of responses {correlation}"]
+        overlaps = line_overlap(rows, cells, np.random.default_rng(0))
+        known = overlaps[~np.isnan(overlaps).any(1)]  # without those where nothing is selected
+        for one_model, models in ((1, "one model"), (0, "models of different splits")):
+            if len(pairs := known[known[:, 2] == one_model]):
+                observed, shuffled, _ = pairs.mean(0)
+                texts.append(f"Jaccard overlap of the sets selected for a gene in two lines by {models} "
+                             f"{observed:.2f}, with lines shuffled {shuffled:.2f} ({len(pairs)} pairs)")
+        if not len(overlaps):
+            texts.append("no gene is tested in two cell lines, so selected sets have no overlap")
         lines += [f"{label}: {text}" for text in texts]
     return lines
 
@@ -672,35 +640,41 @@ def make_tables(summary, full=True):
     """Values at equal counts, positions and comparisons, of the first metrics or all; each table a list of
     (label, cell texts), the first of them title and headings."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels, every = list(dict.fromkeys(row["method"] for row in summary)), list(METRICS)
-    others = [metric for metric in METRICS if metric not in FIRST_METRICS]
-    methods = [label for label in labels if label not in ANCHORS]
-    compared = [label for label in [FLOOR, *methods] if any(cell[label, m]["compared"] for m in METRICS)]
+    labels = list(dict.fromkeys(row["method"] for row in summary))
     count = max(row["compared"] for row in summary)
+    methods = [label for label in labels if label not in ANCHORS]
+    compared = [label for label in labels if cell[label, "mae"]["compared"]]
+    every, others = [*METRICS], [metric for metric in METRICS if metric not in FIRST_METRICS]
+    halves = [every[:10], every[10:]] if full else []
 
     def value(row):
         spread = f"±{row['spread_equal']:.1g}" * (row["spread_equal"] >= 0 and row["metric"] in FIRST_METRICS)
         stars = "".join("*" for limit in (0.05, 0.01, 0.001) if row["p_adjusted"] <= limit)
         return f"{short(row['mean_equal'])}{spread}{stars:<3}"
 
-    def comparison(row):
-        total = f"/{row['compared']}" * (row["compared"] < count)
-        return f"{row['reference_better']}{total}" if row["compared"] else "–"
-
+    comparison = lambda row: "–" if not row["compared"] else (
+        f"{row['reference_better']}" + f"/{row['compared']}" * (row["compared"] < count))
     position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     tables = []
-    for title, rows, metrics, text, most in (
-            ("mean over conditions, equal counts", labels, FIRST_METRICS, value, 10),
-            ("other metrics, equal counts", labels, others * full, value, 7),
-            ("position: 0 floor, 1 ceiling", methods, every if full else FIRST_METRICS, position, 10),
-            (f"of {count} conditions PT-RAG is better in", compared, every * full, comparison, 10)):
-        for part in [metrics[i:i + most] for i in range(0, len(metrics), most)] if rows else []:
+    for title, rows, parts, text in (
+            ("mean over conditions, equal counts", labels, [FIRST_METRICS], value),
+            ("other metrics, equal counts", labels, [others[:7], others[7:]] if full else [], value),
+            ("position: 0 floor, 1 ceiling", methods, halves or [FIRST_METRICS], position),
+            (f"of {count} conditions PT-RAG is better in", compared, halves * bool(compared), comparison)):
+        for part in parts:
             tail = "   " * (text is value)  # room for three stars
             tables.append([(title, [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part])])
             for row in rows:
                 mark = " †" * (cell[row, part[0]]["untrained"] > 0)
                 tables[-1].append((row + mark, [text(cell[row, m]) for m in part]))
     return tables
+
+
+def text_table(table):
+    """A table of `make_tables` as text, ready to be printed in a font of one width."""
+    first, *widths = (max(map(len, column)) for column in zip(*([label, *cells] for label, cells in table)))
+    texts = [" ".join(f"{text:>{width}}" for text, width in zip(cells, widths)) for _, cells in table]
+    return "\n".join(f"{label:<{first}}  {text}".rstrip() for (label, _), text in zip(table, texts))
 
 
 def footnotes(summary, reference):
@@ -730,10 +704,8 @@ STYLE = """
 :root { color-scheme: light dark; --base: #8a9099; --c0: light-dark(#0b62c4, #69a9f5); --c1: #d96a1e;
   --c2: #3d9a50; --c3: #a460c8; --c4: #d24a68; --c5: #6d8f9b }
 body { background: light-dark(#fff, #16181b); font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem }
-h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure { margin: 0 } figcaption, table { font-size: 13px }
-div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem } table { border-collapse: collapse }
-th, td { padding: .1rem .5rem; text-align: right; white-space: pre; border-bottom: 1px solid #8a909966 }
-:is(th, td):first-child { text-align: left } :is(th, td):not(:first-child) { font: 12px monospace }
+h2 { margin: 2rem 0 .4rem } p { margin: .3rem 0 } figure, pre { margin: 0; font-size: 13px }
+div { overflow-x: auto; display: flex; flex-wrap: wrap; gap: 1rem 1.6rem }
 text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: none; stroke: #8a909966 }
 .dots { stroke-linecap: round; stroke-width: 4.5; stroke-opacity: .55 } .curve { stroke-width: 1.8 }
 """
@@ -741,58 +713,44 @@ text { fill: var(--base); font: 11px system-ui, sans-serif } path, rect { fill: 
 
 def figure(title, series, x_ticks, y_ticks, width=330, height=180):
     """A plot as inline SVG: scale, legend, and dots or a line for each series.
-    series: (name, colour, "dots" | "curve", points (k, 2)), in the legend if named. ticks: (value, text),
+    series: (name, colour, "dots" | "curve", x (k,), y (k,)), a name once in the legend. ticks: (value, text),
     ascending: first and last span the axis, what lies beyond is drawn at its edge; drawn if it has a text."""
-    share = lambda value, ticks: np.clip((value - ticks[0][0]) / max(ticks[-1][0] - ticks[0][0], 1e-12), 0, 1)
     left = 12 + 6 * max(len(text) for _, text in y_ticks)
-    x, y = lambda v: left + width * share(v, x_ticks), lambda v: 8 + height * (1 - share(v, y_ticks))
+    x = lambda v: np.interp(v, [x_ticks[0][0], x_ticks[-1][0]], [left, left + width])
+    y = lambda v: np.interp(v, [y_ticks[0][0], y_ticks[-1][0]], [8 + height, 8])
     marks = [(f"{x(v):.0f} 8v{height}", x(v), height + 22, "middle", text) for v, text in x_ticks if text]
     marks += [(f"{left} {y(v):.0f}h{width}", left - 6, y(v) + 4, "end", text) for v, text in y_ticks if text]
     parts = [f'<rect x="{left}" y="8" width="{width}" height="{height}"/>']
-    parts += [f'<path d="M{line}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{html.escape(text)}'
-              "</text>" for line, a, b, anchor, text in marks]
-    for _, colour, kind, points in series:
-        pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[:, 0]), y(points[:, 1]))]
+    for path, a, b, anchor, text in marks:
+        parts.append(f'<path d="M{path}"/><text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">'
+                     f"{html.escape(text)}</text>")
+    for _, colour, kind, *points in series:
+        pairs = [f"{a:.1f} {b:.1f}" for a, b in zip(x(points[0]), y(points[1])) if a == a]
         path = "".join(f"M{pair}h0" for pair in pairs) if kind == "dots" else "M" + "L".join(pairs)
-        parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' if pairs else "")
-    legend = "".join(f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
-                     for name, colour, *_ in series if name)
-    size = f'width="{left + width + 30}" height="{height + 28}"'
-    return (f"<figure><figcaption>{html.escape(title)}{legend}</figcaption>"
-            f'<svg {size} role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
-
-
-def html_table(table, shade=False):
-    """A table of `make_tables` in HTML; shade: its values lie between 0 and 1 and colour their cells."""
-    text = ""
-    for label, cells in table:
-        tag = "td" if text else "th"
-        text += f"<tr><{tag}>{html.escape(label)}</{tag}>"
-        for cell in cells:
-            percent = 75 * float(cell) if shade and tag == "td" and cell != "–" else 0
-            tint = f' style="background: color-mix(in srgb, var(--c0) {percent:.0f}%, #0000)"' * (percent > 0)
-            text += f"<{tag}{tint}>{html.escape(cell)}</{tag}>"
-        text += "</tr>"
-    return f"<table>{text}</table>"
+        parts.append(f'<path class="{kind}" style="stroke: {colour}" d="{path}"/>' * bool(pairs))
+    legend = {name: f'<span style="color: {colour}"> ● {html.escape(name)}</span>'
+              for name, colour, *_ in series if name}
+    size, title = f'width="{left + width + 30}" height="{height + 28}"', html.escape(title)
+    return (f'<figure><figcaption>{title}{"".join(legend.values())}</figcaption><svg {size} role="img" '
+            f'aria-label="{title}">{"".join(parts)}</svg></figure>')
 
 
 def strips(results, summary):
     """Per metric and row, where each condition stands: (value - its floor) / mean(ceiling - floor), so that
     the mean, a bar, is the row's position in the table."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels = [label for label in results.labels if label not in ANCHORS]
-    every, figures = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000), []
+    labels, figures = [label for label in results.labels if label not in ANCHORS], []
+    every = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000)
     names = [(-row, label) for row, label in enumerate(labels)][::-1]
     ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")], [(0.5 - len(labels), ""), *names, (0.5, "")]
     for metric, (heading, _) in METRICS.items():
         anchor, series = cell[labels[0], metric], []
-        for row, label in enumerate(labels):
+        for y, label in reversed(names):
             gain = average(results.values(label, metric), 0) - results.values(FLOOR, metric)[0]
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
-            bar = np.array([(cell[label, metric]["position"], -row + end) for end in (-0.4, 0.4)])
-            series += [("", colour, "dots", np.stack([x, np.full(len(x), -row)], 1)[~np.isnan(x)]),
-                       ("", "currentColor", "curve", bar)]
+            bar = [cell[label, metric]["position"]] * 2, [y - 0.4, y + 0.4]
+            series += [("", colour, "dots", x, [y] * len(x)), ("", "currentColor", "curve", *bar)]
         if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
             title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
             figures.append(figure(title, series, *ticks, height=15 * len(labels)))
@@ -804,25 +762,22 @@ def training_figures(log):
     labels, figures = list(dict.fromkeys(row["label"] for row in log)), []
     for column, title in (("energy", "energy distance of training sets"), ("validation", "validation"),
                           ("sparsity", "selection probability: share of candidates selected")):
-        known = [row for row in log if math.isfinite(row[column]) and (row[column] or column != "sparsity")]
-        series = []
+        series, known = [], [row for row in log if 0 < row[column] < math.inf]
         for (label, *_), rows in group(known, "label", "split", "seed").items():
-            points = np.array([(row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]])
-            name = label * all(label != other for other, *_ in series)
-            series.append((name, f"var(--c{labels.index(label) % 6})", "curve", points))
+            points = zip(*((row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]))
+            series.append((label, f"var(--c{labels.index(label) % 6})", "curve", *points))
         if known:
-            value, last = [row[column] for row in known], max(row["step"] for row in known)
-            ends = (0, 1) if column == "sparsity" else (min(value), np.quantile(value, 0.98))
+            steps, values = zip(*((row["step"], row[column]) for row in known))
+            ends = (0, 1) if column == "sparsity" else (min(values), np.quantile(values, 0.98))
             y_ticks = [(v, short(v)) for v in np.linspace(*ends, 5).tolist()]
-            figures.append(figure(title, series, [(0, "0"), (last, f"step {last:.0f}")], y_ticks))
+            figures.append(figure(title, series, [(0, "0"), (max(steps), f"step {max(steps):.0f}")], y_ticks))
     return figures
 
 
 def selection_tables(candidates):
     """Candidates by cell lines, for the three perturbations whose selection differs most between lines."""
     tables = []
-    chosen = [row for row in candidates if not math.isnan(row["probability"])]
-    for (label, perturbation), rows in group(chosen, "label", "perturbation").items():
+    for (label, perturbation), rows in group(candidates, "label", "perturbation").items():
         pairs = {key: np.mean([row["probability"] for row in found])
                  for key, found in group(rows, "candidate", "cell_line").items()}
         genes, lines = (sorted(set(names)) for names in zip(*pairs))
@@ -830,7 +785,7 @@ def selection_tables(candidates):
         differs = average(np.ptp(values, axis=1)) if len(lines) > 1 else np.ptp(values)
         body = [(genes[i], list(map(short, values[i]))) for i in np.argsort(-np.nanmax(values, axis=1))[:12]]
         tables.append((-differs, [(f"{perturbation} ({label})", lines), *body]))
-    return [html_table(table, shade=True) for _, table in sorted(tables, key=lambda pair: pair[0])[:3]]
+    return [table for _, table in sorted(tables, key=lambda pair: pair[0])[:3]]
 
 
 def scatters(results):
@@ -838,28 +793,29 @@ def scatters(results):
     effect = np.nan_to_num(results.values(FLOOR, "energy", ALL_CELLS)[0])
     order, figures = np.argsort(-effect, kind="stable"), []
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
-        points = results.points[i]
-        if not np.isnan(points[:, 0]).any():  # there are two components
-            kinds = zip(("control", "real", "predicted"), ("var(--base)", "var(--c1)", "var(--c0)"), points)
-            series = [(kind, colour, "dots", cells[~np.isnan(cells[:, 0])]) for kind, colour, cells in kinds]
-            ends = np.nanmin(points, (0, 1)), np.nanmax(points, (0, 1))
-            ticks = [[(low, ""), (high, "")] for low, high in zip(*ends)]
-            name = ": ".join(names_of(results.dataset, results.conditions[i]))
-            figures.append(figure(f"{name} (floor energy {short(effect[i])})", series, *ticks, 300, 210))
+        condition = results.conditions[i]
+        every = np.concatenate(condition.points)
+        if every.shape[1] == 2:
+            kinds = ("control", "var(--base)"), ("real", "var(--c1)"), ("predicted", "var(--c0)")
+            series = [(*kind, "dots", *points.T) for kind, points in zip(kinds, condition.points)]
+            ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
+            title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
+            figures.append(figure(title, series, *ticks, 300, 210))
     return figures
 
 
 def write_report(path, title, results, summaries, retrieval, candidates, log):
     """report.html: one self-contained page, inline SVG, no script, nothing fetched."""
     (_, summary), *of_lines = summaries
-    tables = lambda summary, full: map(html_table, make_tables(summary, full))
+    shown = lambda tables: [f"<pre>{html.escape(text_table(table))}</pre>" for table in tables]
     sections = [
-        ("Table", [title], tables(summary, True), footnotes(summary, results.reference) + results.notes),
-        *((line, [], tables(of_line, False), []) for line, of_line in of_lines),
+        ("Table", [title], shown(make_tables(summary)),
+         footnotes(summary, results.reference) + results.notes),
+        *((line, [], shown(make_tables(of_line, full=False)), []) for line, of_line in of_lines),
         ("Conditions between floor and ceiling", ["Each dot is a condition, the bar the mean; a metric whose "
          "ceiling is not better than its floor has none."], strips(results, summary), []),
         ("Training", [], training_figures(log), []),
-        *[("Retrieval and selection", retrieval, selection_tables(candidates),
+        *[("Retrieval and selection", retrieval, shown(selection_tables(candidates)),
            ["Tables: probability of selection, where cell lines differ most."])] * bool(retrieval),
         ("Cells", ["First two principal components, at most 60 cells each; a strong, a middling and a weak "
          f"perturbation; predicted by {results.reference or results.labels[-1]}."], scatters(results), [])]
@@ -879,13 +835,11 @@ RETRIEVAL_COLUMNS = ("method", "seed", "cell_line", "perturbation", "rank", "can
                      "probability", "selected")
 OF_THE_RUN = ("split", "name", "resume", "device", "threads", "group", "compile", "checkpoint_every", "model",
               "output", "preset", "predict", "cell_line")   # settings that make no other model
-OF_FILES = "control", *ptrag.COLUMNS, "hvg", "seed", "max_cells"   # settings of two files of cells
 
 
 def write_predictions(folder, models, dataset, split, config):
-    """Predicts all test conditions with every model, {METHOD-SEED: model}: predictions.h5ad, and
-    retrieval.csv: of every candidate the mean probability, and the share of cells that rather use it than
-    not."""
+    """Predicts the test conditions with all models, {METHOD-SEED: model}: predictions.h5ad; retrieval.csv, of
+    every candidate the mean probability and the share of cells that rather use it than not."""
     obs = {name: [] for name in (*RETRIEVAL_COLUMNS[:4], "control_cell", "nothing_selected")}
     report, cells = [], sum(min(len(dataset.cells(*condition)), config.max_cells) for condition in split.test)
 
@@ -893,8 +847,8 @@ def write_predictions(folder, models, dataset, split, config):
         for name, model in models.items():
             if config.hard_negatives:
                 model.retrieve_from(model.pool, config.hard_negatives)
-            for condition, rows, (predicted, chance) in ptrag.predict_conditions(
-                    model, dataset, split.test, config):
+            predictions = ptrag.predict_conditions(model, dataset, split.test, config)
+            for condition, rows, (predicted, chance) in predictions:
                 if not np.isfinite(predicted).all():
                     raise ptrag.Diverged(f"{name}: predicts no finite numbers; train with a smaller --lr")
                 names, nothing = (*name.rsplit("-", 1), *names_of(dataset, condition)), math.nan
@@ -913,43 +867,41 @@ def write_predictions(folder, models, dataset, split, config):
     data.write_csv(folder / "retrieval.csv", RETRIEVAL_COLUMNS, report)
 
 
-def read_predictions(path, dataset, max_cells, seed, prefix=None, say=data.say, **columns):
-    """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed; the names of
-    their conditions; notes; label -> share of cells that select nothing. prefix: of a run's labels, None for
-    a file of anyone's, which is one row if it has no such columns. columns: see `data.load`."""
+def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
+    """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed, one where
+    there are no such columns; the names of their conditions; notes. columns: see `data.load`."""
     predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
-    codes = {names_of(predicted, condition): condition for condition in predicted.conditions()}
+    codes, contenders = {names_of(predicted, pair): pair for pair in predicted.conditions()}, []
     obs = {name: np.full(len(predicted.cell_line), value)
            for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", ""))}
-    with contextlib.suppress(*[data.DataError] * (prefix is None)):
+    with contextlib.suppress(data.DataError):
         obs = data.read_obs(path, list(obs))
     method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
-    contenders, empty = [], {}
-    for first in np.sort(np.unique(method * len(method) + number, return_index=True)[1]):
-        name, seed_name = (str(obs[column][first]) for column in ("method", "seed"))
+    model = method * len(method) + number
+    for first in np.sort(np.unique(model, return_index=True)[1]):
+        name, number = (str(obs[column][first]) for column in ("method", "seed"))
 
-        def cells(condition, first=first, who=f"{name}, seed {seed_name}"):
+        def cells(condition, own=model[first], who=f"{name}, seed {number}"):
             names = names_of(dataset, condition)
             rows = predicted.cells(*codes[names]) if names in codes else np.array([], int)
-            rows = rows[(method[rows] == method[first]) & (number[rows] == number[first])]
-            if not len(rows):
-                raise data.DataError(f"{path}: no cells of {data.listed(names)} by {who}; train it again")
+            rows = rows[model[rows] == own]
+            ptrag.require(len(rows), f"{path}: no cells of {data.listed(names)} by {who}; train it again")
             return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
 
-        contenders.append(Contender((prefix or "") + name, seed_name, cells))
-        nothing = [float(share or "nan") for share in obs["nothing_selected"][method == method[first]]]
-        empty[contenders[-1].label] = float(average(np.array(nothing)))
-    return contenders, set(codes), notes, empty
+        nothing = [float(share or "nan") for share in obs["nothing_selected"][model == model[first]]]
+        contenders.append(Contender(name, number, cells, float(average(np.array(nothing)))))
+    return contenders, set(codes), notes
 
 
 def read_run(folder, config, prefix, dataset, split, say=data.say):
-    """Contenders, notes of a run as in `read_predictions`, rows of retrieval.csv and of log.csv (dicts with
-    label and split, numbers as float, nan where empty), shares as in `read_predictions`."""
+    """Contenders and notes of a run as in `read_predictions`; rows of retrieval.csv and of log.csv: dicts
+    with label, split and share of cells that select nothing, numbers as float, nan where empty."""
     path, tables = folder / "predictions.h5ad", []
-    if not path.exists():
-        raise data.DataError(f"{path}: no such file; the run was not finished (go on with --resume)")
-    contenders, _, notes, empty = read_predictions(path, dataset, config.max_cells, config.seed, prefix, say)
+    ptrag.require(path.exists(), f"{path}: no such file; the run was not finished (go on with --resume)")
+    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed, say)
+    empty = {(contender.label, contender.seed): contender.empty for contender in contenders}
+    tested = {names_of(dataset, condition) for condition in split.test}
     for name, numbers in (("retrieval.csv", ["probability", "selected"]),
                           ("log.csv", ["step", "energy", "validation", "sparsity"])):
         tables.append([])
@@ -957,44 +909,43 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
             with contextlib.suppress(FileNotFoundError), open(folder / name, encoding="utf-8") as file:
                 for row in csv.DictReader(file, strict=True):
                     row |= {number: float(row[number] or "nan") for number in numbers}
-                    tables[-1].append(row | {"label": prefix + row["method"], "split": config.split})
+                    row |= {"label": prefix + row["method"], "split": config.split,
+                            "empty": empty[row["method"], row["seed"]]}
+                    if name == "retrieval.csv" and (
+                            (row["cell_line"], row["perturbation"]) not in tested
+                            or not all(0 <= row[share] <= 1 for share in numbers)):
+                        raise ValueError(data.listed(row.values(), 9))
+                    tables[-1].append(row)
         except (KeyError, TypeError, ValueError, csv.Error) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise data.DataError(f"{folder / name}: damaged ({what}); train it again") from None
-    tested = {(label, *names_of(dataset, condition)) for label, *_ in contenders for condition in split.test}
-    for row in tables[0]:
-        inside = math.isnan(row["probability"]) or 0 <= row["probability"] <= 1 and 0 <= row["selected"] <= 1
-        if not inside or (row["label"], row["cell_line"], row["perturbation"]) not in tested:
-            at = data.listed([row["method"], row["cell_line"], row["perturbation"]])
-            raise data.DataError(f"{folder}/retrieval.csv: does not belong to the predictions beside it (at "
-                                 f"{at}); train it again")
-    return contenders, notes, *tables, empty
+            raise data.DataError(f"{folder / name}: damaged, or not of the predictions beside it "
+                                 f"({type(error).__name__}: {error}); train it again") from None
+    return [c._replace(label=prefix + c.label) for c in contenders], notes, *tables
 
 
-def run_prefixes(folders, configs):
-    """What stands before the labels of each run: nothing if all are one model, of one or several splits."""
-    models, copies, ours = {}, collections.Counter(), asdict(configs[0])
-    for i, (folder, config) in enumerate(zip(folders, configs)):
+def runs_by_split(folders):
+    """Split -> its runs: (folder, config, what stands before the labels: nothing if all are one model)."""
+    configs = [ptrag.read_config(folder) for folder in folders]
+    models, runs, ours = {}, {}, asdict(configs[0])
+    for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
-            if theirs[name] != ours[name]:
-                raise data.DataError(f"{folder}: has {name} {theirs[name]!r}, {folders[0]} {ours[name]!r}; "
-                                     "runs on different cells cannot stand in one table")
-        settings = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
-        models.setdefault((settings, copies[settings, config.split]), []).append(i)
-        copies[settings, config.split] += 1
-    unique, prefixes = len({folder.name for folder in folders}) == len(folders), [""] * len(folders)
-    splits = [{configs[i].split for i in model} for model in models.values()]
-    for model, its in zip(models.values(), splits):
-        head = folders[model[0]]
-        if its != splits[0]:
-            differs = [name for name, value in asdict(configs[model[0]]).items() if value != ours[name]]
-            raise data.DataError(f"{head}: differs from {folders[0]} in {data.listed(differs)}; runs are "
-                                 "pooled if they differ in the split alone, and side by side if they have "
-                                 "the same")
-        for i in model if len(models) > 1 else []:
-            prefixes[i] = f"{head.name if unique else head}/"
-    return prefixes
+            ptrag.require(theirs[name] == ours[name], f"{folder}: has {name} {theirs[name]!r}, {folders[0]} "
+                          f"{ours[name]!r}; runs on different cells cannot stand in one table")
+        model = tuple(value for name, value in theirs.items() if name not in OF_THE_RUN)
+        while config.split in models.setdefault(model, {}):
+            model += "again",  # the same model on the same split: side by side
+        models[model][config.split] = folder, config
+    unique, (first, *_) = len({folder.name for folder in folders}) == len(folders), models.values()
+    for of_split in models.values():
+        (head, config), *_ = of_split.values()
+        differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
+        ptrag.require(of_split.keys() == first.keys(),
+                      f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
+                      "the split alone, and side by side if they have the same")
+        prefix = f"{head.name if unique else head}/" * (len(models) > 1)
+        for split, run in of_split.items():
+            runs.setdefault(split, []).append((*run, prefix))
+    return runs
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -1005,35 +956,32 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
     `out` (the run's folder; for several a folder A+B beside the first) and prints the table, all of it with
     `full`. dataset, split: those of the first run, loaded anew if not given."""
     folders = [Path(folder) for folder in folders]
-    configs = [ptrag.read_config(folder) for folder in folders]
-    runs = {}
-    for run in zip(folders, configs, run_prefixes(folders, configs)):
-        runs.setdefault(run[1].split, []).append(run)
-    if dataset is None:
-        dataset, split = ptrag.open_data(configs[0])
-    parts, tasks, empty, candidates, log = [], {}, {}, [], []
-    for rule, of_rule in runs.items():
-        config, contenders, notes = of_rule[0][1], [], []
-        split = split if rule == configs[0].split else data.split(dataset, rule, config.seed)
-        for run in of_rule:
-            *found, shares = read_run(*run, dataset, split, say)
-            empty |= shares
-            for kept, new in zip((contenders, notes, candidates, log), found):
+    splits = runs_by_split(folders)
+    conditions, notes, tasks, candidates, log = [], [], {}, [], []
+    for rule, runs in splits.items():
+        config, contenders, said = runs[0][1], [], []
+        if dataset is None:
+            dataset, split = ptrag.open_data(config)
+        elif tasks:
+            split = data.split(dataset, rule, config.seed)
+        for run in runs:
+            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split, say)):
                 kept += new
         fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
         controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
         responses = mean_responses(dataset, fitted + split.test, controls, *cut)
         known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
-        baselines, said = baseline_responses(dataset, split.test, *known, config.top_k)
+        baselines, more = baseline_responses(dataset, split.test, *known, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
-        trained = {p for _, p in split.train}
-        parts.append(replace(results, untrained=np.array([p not in trained for _, p in split.test]),
-                             splits=[rule] * len(split.test), notes=results.notes + notes + said))
-        pools, name = dict(train=split.train, trainval=fitted), config.test_pool or config.pool
-        pool = pools[name] if name in pools else dataset.conditions()
-        tasks[rule] = responses, {dataset.perturbations[p] for _, p in pool}, name
-    results = pool_results(parts)
-    retrieval = describe_retrieval(results, candidates, tasks, empty)
+        trained = {dataset.perturbations[p] for _, p in split.train}
+        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in trained)
+                       for measured in results.conditions]
+        notes += [f"{rule}: " * (len(splits) > 1) + note for note in (*results.notes, *said, *more)]
+        name = config.test_pool or config.pool
+        pool = {dataset.perturbations[p] for p in ptrag.pool_of(name, dataset, split)}
+        tasks[rule] = responses, pool, name
+    results = Results(conditions, notes)
+    retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
     return write_outputs(results, out, dataset.name, say, full, retrieval, candidates, log)
 
@@ -1043,14 +991,13 @@ def evaluate_files(options, say=data.say):
     columns = {name: getattr(options, name) for name in ("control", *ptrag.COLUMNS)}
     real = data.load(options.real, hvg=options.hvg, need_embeddings=False, say=say, **columns)
     pred, seed, most = options.pred, options.seed, options.max_cells
-    contenders, theirs, notes, _ = read_predictions(pred, real, most, seed, None, say, **columns)
+    contenders, theirs, notes = read_predictions(pred, real, most, seed, say, **columns)
     ours = {names_of(real, condition): condition for condition in real.conditions()}
     theirs = {names for names in theirs if names[1] != real.perturbations[0]}
     conditions = sorted(ours[names] for names in theirs & set(ours))
     text = lambda names: data.listed(" / ".join(name) for name in sorted(names)) or "none"
-    if not conditions:
-        raise data.DataError(f"{pred}: has no condition of {options.real}: {text(theirs)} against "
-                             f"{text(ours)}; perturbations and cell lines must have the same names")
+    ptrag.require(conditions, f"{pred}: has no condition of {options.real}: {text(theirs)} against "
+                  f"{text(ours)}; perturbations and cell lines must have the same names")
     for path, what, lonely in ((pred, "have no real cells", theirs - set(ours)),
                                (options.real, "are not predicted", set(ours) - theirs)):
         if lonely:
@@ -1063,26 +1010,21 @@ def evaluate_files(options, say=data.say):
 
 def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(), log=()):
     """Writes the files and prints the tables: the rows of summary.csv. name: what the cells are from."""
-    seeds, splits = (data.listed(dict.fromkeys(texts), 20) for texts in
-                     ((seed for _, seed in results.rows if seed), results.splits))
-    half, (real, predicted) = int(np.median(results.counts[:, 0] // 2)), results.counts.sum(0)
+    conditions, splits = results.conditions, dict.fromkeys(c.split for c in results.conditions if c.split)
+    seeds = dict.fromkeys(seed for _, seed in results.rows if seed)
+    counts = np.array([c.counts for c in conditions])
+    half, (real, predicted) = int(np.median(counts[:, 0] // 2)), counts.sum(0)
     title = " | ".join(filter(None, [
-        "simulated data" if name == "simulated" else name, splits and f"split {splits}",
-        f"{len(results.conditions)} conditions", f"{real:,} real and {predicted:,} predicted cells",
-        f"equal counts: {half} against {half} cells (median)", seeds and f"seeds {seeds}"]))
-    summaries, pooled = [("", summarise(results))], len(set(results.splits)) > 1
-    codes = np.array([line for line, _ in results.conditions])
-    for code in np.unique(codes) if pooled else []:
-        own = codes == code
-        of_line = replace(results, measured=results.measured[:, :, own], untrained=results.untrained[own])
-        summaries.append((results.dataset.cell_lines[code], summarise(of_line)))
+        "simulated data" if name == "simulated" else name, splits and f"split {data.listed(splits, 20)}",
+        f"{len(conditions)} conditions", f"{real:,} real and {predicted:,} predicted cells",
+        f"equal counts: {half} against {half} cells (median)", seeds and f"seeds {data.listed(seeds, 20)}"]))
+    summaries, pooled = [("", summarise(results))], len(splits) > 1
+    for line in sorted({c.names[0] for c in conditions}) if pooled else []:
+        summaries.append((line, summarise(Results([c for c in conditions if c.names[0] == line]))))
     summary, anyones = summaries[0][1], results.labels[3:] == ["prediction"]  # no floor, no names then
     names = ["method", "seed", "cell_line", "perturbation", "n_real", "n_pred", *CONDITION_COLUMNS, "split"]
-    measured = results.measured[ALL_CELLS][:, :, [COLUMNS.index(name) for name in CONDITION_COLUMNS]]
-    rows = [[*row, *names_of(results.dataset, condition), *counts, *values, split]
-            for row, of_row in list(zip(results.rows, measured.tolist()))[2 + anyones:]
-            for condition, counts, values, split
-            in zip(results.conditions, results.counts.tolist(), of_row, results.splits)]
+    rows = [[*row, *c.names, *c.counts, *c.rows[row][ALL_CELLS, :len(CONDITION_COLUMNS)], c.split]
+            for row in results.rows[2 + anyones:] for c in conditions if row in c.rows]
     kept = slice(2 * anyones, len(names) - (not pooled))
     out.mkdir(parents=True, exist_ok=True)
     data.write_csv(out / "metrics.csv", names[kept], [row[kept] for row in rows])
@@ -1095,12 +1037,7 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
     say(wrap(title))
     for line, rows in summaries:
         for table in make_tables(rows, full and not line):
-            columns = zip(*([label, *cells] for label, cells in table))
-            first, *widths = (max(map(len, column)) for column in columns)
-            say(f"\n{line}" if line else "")
-            for label, cells in table:
-                texts = " ".join(f"{text:>{width}}" for text, width in zip(cells, widths))
-                say(f"{label:<{first}}  {texts}".rstrip())
+            say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
     said = "everything" if full else "the other metrics, significance and figures"
     say("\n" + "\n".join(map(wrap, [*footnotes(summary, results.reference), *results.notes, *retrieval])))
     say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
@@ -1112,29 +1049,23 @@ def export(folder, out, say=data.say):
     config, written = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
+    names = [(dataset.perturbations[p] if p else "non-targeting", dataset.cell_lines[line])
+             for line, p in conditions]
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
     real = lambda c: dataset.expression[pick(c) if c[1] else dataset.cells(*c)]  # all of the control cells
     contenders, *_ = read_run(folder, config, "", dataset, split, say)
     out.mkdir(parents=True, exist_ok=True)
-    for method, seed, predicted in [Contender("real", "", real), *contenders]:
+    for method, seed, predicted, _ in [Contender("real", "", real), *contenders]:
         cells = lambda c: (predicted if c[1] else real)(c)
-        obs, clipped = {"target_gene": [], "cell_type": []}, []
-
-        def blocks():
-            for condition in conditions:
-                values, (line, gene) = cells(condition), names_of(dataset, condition)
-                done = len(obs["cell_type"])
-                obs["target_gene"] += [gene if condition[1] else "non-targeting"] * len(values)
-                obs["cell_type"] += [line] * len(values)
-                clipped.append(int((values > HIGHEST).sum()))
-                yield slice(done, done + len(values)), {"X": np.minimum(values, HIGHEST)}
-
+        sizes, above = zip(*((len(values), (values > HIGHEST).sum()) for values in map(cells, conditions)))
+        rows = map(slice, np.cumsum((0, *sizes)), np.cumsum(sizes))
+        blocks = ((place, {"X": np.minimum(cells(c), HIGHEST)}) for place, c in zip(rows, conditions))
+        obs = dict(zip(("target_gene", "cell_type"), np.repeat(names, sizes, axis=0).T.tolist()))
         about = {"units": data.UNITS, "data": dataset.name, "split": config.split, "model": method}
         written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
-        total = sum(len(cells(condition)) for condition in conditions)
-        data.write_anndata(written[-1], dataset.genes, obs, blocks(), total, about)
-        if sum(clipped):
-            say(f"{written[-1]}: {sum(clipped)} values above log1p(10,000), which no cell has, are clipped")
+        data.write_anndata(written[-1], dataset.genes, obs, blocks, sum(sizes), about)
+        if sum(above):
+            say(f"{written[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
     for line in sorted({line for line, _ in split.validation + split.test}):
         text += f"\n[fewshot.{json.dumps('data.' + dataset.cell_lines[line])}]\n"
@@ -1158,20 +1089,17 @@ def run(arguments):
     add("--pred", help="AnnData file of predicted cells")
     add("-o", "--out", help="folder to write metrics.csv, summary.csv and report.html to")
     add("--export", type=Path, help="folder to write a run's cells to, as cell-eval reads them")
-    shared = [f for f in fields(ptrag.Config) if f.name in OF_FILES]
+    shared = [f for f in fields(ptrag.Config)
+              if f.name in ("control", *ptrag.COLUMNS, "hvg", "seed", "max_cells")]
     for f in shared:
         default = f" (default {f.default})" if f.default != "" else ""
         add(ptrag.flag(f.name), type=type(f.default), default=f.default, help=f.metadata["help"] + default)
     options = parser.parse_args(arguments)
     files = [options.real, options.pred]
-    if bool(options.runs) == any(files) or (any(files) and not all([*files, options.out])):
-        parser.error("give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
-    if options.export and len(options.runs) != 1:
-        parser.error("--export takes one run")
-    try:
-        ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
-    except ptrag.InputError as error:
-        parser.error(str(error))
+    ptrag.require(options.runs and not any(files) or not options.runs and all([*files, options.out]),
+                  "give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
+    ptrag.require(not options.export or len(options.runs) == 1, "--export takes one run")
+    ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
     if not options.runs:
         return evaluate_files(options)
     with contextlib.ExitStack() as locks:
