@@ -86,10 +86,10 @@ FAULTS = {"dense": {
         "X": "X", "obs": "obs", "var": "var", "var/_index": "index", "obs/gene": "--perturbation-column",
         CODES: "unknown kind"}.items()},
     **{f"X of shape {shape}": ({"X": np.ones(shape)}, needed) for shape, needed in {
-        (60,): "dimensions", (60, 0): "X", (59, 12): "rows", (60, 13): "columns"}.items()},
+        (60,): "cells by genes", (60, 0): "X", (59, 12): "rows", (60, 13): "columns"}.items()},
     **{f"a value {value}": ({("X", (3, 3)): value}, needed) for value, needed in {
-        np.nan: "not finite", np.inf: "not finite", -1.0: "negative"}.items()},
-    "scaled": ({"X": np.random.default_rng(0).normal(size=(60, 12))}, "negative"),
+        np.nan: "nan to nan", np.inf: "0 to inf", -1.0: "from -1 to"}.items()},
+    "scaled": ({"X": np.random.default_rng(0).normal(size=(60, 12))}, "not negative"),
     "neither counts nor logs": ({"X": np.full((60, 12), 99.5)}, "log"),
     "text in X": ({"X": np.full((60, 12), b"text")}, "numbers"),
     "complex X": ({"X": np.ones((60, 12), complex)}, "numbers"),
@@ -98,7 +98,7 @@ FAULTS = {"dense": {
     "a null column": ({"obs/gene": h5py.Empty("f4")}, "x.h5ad"),
     **{f"code {code}": ({(CODES, 4): code}, "codes") for code in (77, -2)},
     "fractional codes": ({CODES: np.full(60, 0.5)}, "codes"),
-    "two-dimensional codes": ({CODES: np.zeros((60, 2), int)}, "dimensions"),
+    "two-dimensional codes": ({CODES: np.zeros((60, 2), int)}, "number"),
     "fewer codes": ({CODES: np.zeros(55, int)}, "number"),
     "categories a group": ({CATEGORIES: None, f"{CATEGORIES}/a": [1]}, "unknown kind"),
     "control without a name": ({CATEGORIES: list("wxyz")}, "--control"),
@@ -110,21 +110,20 @@ FAULTS = {"dense": {
         lambda file: file.create_dataset("uns/far", (3,), "f4", external=[("raw", 0, 12)]), "another file"),
     "a line break in a perturbation": ({CATEGORIES: ["AAA", "B\nB", "CCC", "control"]}, "'B\\nB'"),
     "an escape in a gene": ({"var/_index": [f"\x1b[{i}m" for i in range(12)]}, "control char"),
-    "an old packed file": ({("/", "format"): np.bytes_("ptrag-packed")}, "pack it again"),
-    "claims more than the file can hold": (
-        lambda file: file.create_dataset("uns/far", (10 ** 12,), np.int64, chunks=(1024,)), "claims"),
+    "claims more than memory can hold": (
+        lambda file: file.move(CODES, "a") or file.create_dataset(CODES, 10 ** 12, "i8", chunks=True), "("),
 }, "csr": {
     "one gene twice": (lambda file: file["X/indices"].__setitem__(1, file["X/indices"][0]), "sum_duplicates"),
     "indptr falls": ({("X/indptr", 5): 2}, "indptr"),
     "indptr ends early": ({("X/indptr", 60): 10}, "indptr"),
     "indptr short": ({"X/indptr": np.arange(7)}, "indptr"),
-    "fractional indptr": ({"X/indptr": np.linspace(0, 1, 61)}, "whole numbers"),
+    "fractional indptr": ({"X/indptr": np.linspace(0, 1, 61)}, "float64"),
     "indices too large": ({("X/indices", 5): 12}, "indices run from 0 to 12"),
     "indices negative": ({("X/indices", 5): -1}, "indices run from -1 to 11"),
     "fewer indices": (lambda file: file["X/indices"].resize((9,)), "indices"),
     "no indices": ({"X/indices": None}, "indices"),
     "text in data": ({"X/data": np.full(int((counts() > 0).sum()), b"t")}, "numbers"),
-    "NaN in data": ({("X/data", 7): np.nan}, "not finite"),
+    "NaN in data": ({("X/data", 7): np.nan}, "nan to nan"),
     **{f"{name} {value}": ({("X", name): value}, "X") for name, value in (
         ("shape", [60]), ("shape", [10 ** 15, 12]),
         ("encoding-type", [0, 1]), ("encoding-type", "coo_matrix"))},
@@ -154,7 +153,7 @@ def test_damaged_embeddings_are_refused(tmp_path, monkeypatch, content):
     embeddings = tmp_path / "e.npz"
     if content == "bomb":                                   # inflates to more than a file of its size may
         write_embeddings(embeddings, ["AAA"], np.zeros((1, 10 ** 7)))
-        monkeypatch.setattr(data, "most_memory", lambda path: 30_000_000)
+        monkeypatch.setattr(data, "MEMORY_TO_OPEN", 30_000_000)
     else:
         embeddings.write_bytes(content)
     refused(write(tmp_path / "x.h5ad"), str(embeddings), options=["--genept", embeddings])
