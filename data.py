@@ -339,9 +339,7 @@ def read_obs(path, columns):
     """Columns of obs by name: {name: (C,) array of text}, "" where missing."""
     def read():
         with open_file(path) as file, reading(path):
-            column, names, _ = open_frame(file, "obs")
-            if missing := [name for name in columns if name not in names]:
-                raise ValueError(f"obs has no {listed(missing)}; it has {listed(names, 20)}")
+            column, *_ = open_frame(file, "obs")
             return {name: texts(column(name)) for name in columns}
     return in_child(path, read)
 
@@ -407,7 +405,7 @@ def open_matrix(file, key):
 
 
 def row_blocks(matrix):
-    """The matrix in file order, a bounded number of rows at a time: yields (first row, (n, G) float32)."""
+    """The matrix in file order, checked, a bounded number of rows at a time: (first row, (n, G) float32)."""
     with reading(matrix.path), h5py.File(matrix.path, "r") as file:
         node, (cells, genes) = file[matrix.key], matrix.shape
         step = max(1, BLOCK_BYTES // (4 * genes))
@@ -418,7 +416,7 @@ def row_blocks(matrix):
             end = min(begin + read, cells)
             block = node[begin:end] if matrix.layout == "dense" else sparse_rows(node, matrix, begin, end)
             for first in range(0, end - begin, step):
-                yield begin + first, block[first:first + step].astype(np.float32, copy=False)
+                yield begin + first, matrix.checked(block[first:first + step].astype(np.float32, copy=False))
 
 
 def sparse_rows(node, matrix, begin, end):
@@ -577,13 +575,13 @@ class Dataset:
 
 
 def scaled_blocks(matrix):
-    """Row blocks of the matrix, checked: (first row, values (n, G), factors (n, 1) to 10,000 per cell)."""
+    """Row blocks of the matrix: (first row, values (n, G), factors (n, 1) to 10,000 per cell)."""
     totals = None if matrix.counts else np.full(matrix.shape[0], TARGET_SUM)        # logarithms are scaled
     if matrix.totals:
         totals = np.concatenate([block.sum(1) for _, block in row_blocks(matrix.totals)])
     for begin, block in row_blocks(matrix):
-        sums = matrix.checked(block).sum(1) if totals is None else totals[begin:begin + len(block)]
-        yield begin, matrix.checked(block), TARGET_SUM / np.where(sums > 0, sums, 1.0)[:, None]
+        sums = block.sum(1) if totals is None else totals[begin:begin + len(block)]
+        yield begin, block, TARGET_SUM / np.where(sums > 0, sums, 1.0)[:, None]
 
 
 def highly_variable(matrix, number):
@@ -593,13 +591,12 @@ def highly_variable(matrix, number):
     20 bins of log1p(mean), a gene alone in its bin scoring 1. One streaming pass.
     """
     cells, genes = matrix.shape
-    total, squares = np.zeros(genes), np.zeros(genes)
+    moments = np.zeros((2, genes))
     for _, block, factors in scaled_blocks(matrix):
         values = block * factors.astype(np.float64) if matrix.counts else np.expm1(block.astype(np.float64))
-        total += values.sum(0)
-        squares += np.einsum("cg,cg->g", values, values)
-    mean = total / cells
-    variance = np.maximum(squares - cells * mean ** 2, 0.0) / max(1, cells - 1)
+        moments += values.sum(0), np.einsum("cg,cg->g", values, values)
+    mean = moments[0] / cells
+    variance = np.maximum(moments[1] - cells * mean ** 2, 0.0) / max(1, cells - 1)
     varies, level = variance > 0, np.log1p(mean)
     edges = np.linspace(level.min(), level.max(), 21)
     bins = np.clip(np.searchsorted(edges, level) - 1, 0, 19)            # open to the left, as pandas.cut
@@ -632,16 +629,15 @@ def read_packed(file):
             "embeddings": check_embeddings(packed["embedding_genes"].asstr()[()], packed["embeddings"][()])}
 
 
-def find_expression(file, hvg):
+def find_expression(file, hvg, predicted):
     """The matrix to use, obsm/X_hvg, else X, else the first layer: (Matrix, notes)."""
     keys = [key for key in ("obsm/X_hvg", "X") if key in file]
-    keys = keys or [f"layers/{name}" for name in file.get("layers", ())][:1]
-    if not keys:
-        raise ValueError("neither X nor obsm/X_hvg")
+    keys = keys or [f"layers/{name}" for name in file.get("layers", ())][:1] or ["X"]
     matrix, *others = (open_matrix(file, key) for key in keys)
+    matrix.predicted = predicted
     notes = [f"{matrix.key} holds counts: normalised to 10,000 per cell and log1p'd" if matrix.counts else
              f"{matrix.key} holds log-normalised values: used as they are"]
-    matrix.choose = 0 if matrix.key == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
+    matrix.choose = 0 if predicted or matrix.key == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
     if matrix.counts and others and others[0].counts and others[0].shape[0] == matrix.shape[0]:
         matrix.totals = others[0]
     elif not matrix.counts and matrix.layout != "csc":  # where even a few rows take a pass over the file
@@ -690,8 +686,7 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
     def read():
         with open_file(path) as file, reading(path):
             packed, (column, names, _) = read_packed(file), open_frame(file, "obs")
-            matrix, notes = find_expression(file, np.inf if predicted else hvg)
-            matrix.predicted, labels = predicted, []
+            (matrix, notes), labels = find_expression(file, hvg, predicted), []
             columns = cell_line_column, perturbation_column, batch_column
             for asked, (what, known) in zip(columns, COLUMNS.items()):
                 name = choose(path, what, names, asked, known, asked or what == "perturbation column")
@@ -706,7 +701,7 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
         embeddings = given or packed.get("embeddings", ([], np.zeros((0, 0), np.float32)))
         if need_embeddings and not embeddings[0]:
             raise DataError(f"{path}: holds no gene embeddings; give a GenePT pickle or an .npz by --genept")
-        embedded = None if need_embeddings is False else set(embeddings[0]) or None
+        embedded = need_embeddings is not False and embeddings[0]
         labels = usable_cells(path, labels, control or packed.get("control", ""), embedded, predicted, notes)
         codes, names = zip(*labels)
         dataset, twins = Dataset(path, genes, *names, matrix, *codes, *embeddings, notes), {}
@@ -725,10 +720,12 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
 def usable_cells(path, labels, control, embedded, predicted, notes):
     """The three labels as codes into sorted names, -1 for cells that cannot be used; the notes count those.
 
-    embedded: the genes with an embedding; None keeps the perturbations without one. Predictions are all kept.
+    embedded: the genes with an embedding; if none, perturbations without one are kept. Predictions all are.
     """
     (line, lines), (perturbation, perturbations), (group, groups) = labels
-    keep = np.ones(len(line), bool)
+    keep = (line >= 0) & (perturbation >= 0)
+    if not keep.all():
+        notes.append(f"{(~keep).sum():,} cells without a cell line or perturbation left out")
 
     def leave_out(unusable, what, codes, names=""):
         unusable = unusable & keep
@@ -737,8 +734,6 @@ def usable_cells(path, labels, control, embedded, predicted, notes):
             which = names and f": {listed(sorted(names[code] for code in left))} ({unusable.sum():,} cells)"
             notes.append(f"{len(left):,} {what} left out{which}")
             keep[unusable] = False
-    cells = np.arange(len(line))
-    leave_out((line < 0) | (perturbation < 0), "cells without a cell line or perturbation", cells)
     present = [perturbations[code] for code in np.unique(perturbation[keep])]
     control = choose(path, "control label", present, control, CONTROL_LABELS, not predicted) or control
     if not predicted:
@@ -831,8 +826,7 @@ def write_packed(dataset, output, say, inputs=()):
             impossible += 0 if matrix.counts else (block > np.log1p(TARGET_SUM) + 1e-3).sum()
             if time.monotonic() > said + 1 or done == len(place):
                 said = time.monotonic()
-                rate = done / (said - started + 1e-9)
-                say(f"packing: {done:,} of {len(place):,} cells, {rate:,.0f} cells/s")
+                say(f"packing: {done:,} of {len(place):,} cells, {done / (said - started + 1e-9):,.0f} cells/s")
         if impossible:
             notes.append(f"{impossible:,} values are above 9.21, log1p of all 10,000 counts of a cell")
 
