@@ -61,7 +61,7 @@ def test_the_command_line_ends_with_one_line_and_status_2(tmp_path):
     assert result.stderr.startswith(f"error: {tmp_path / 'none.h5ad'}: no such file")
     for bad in ("info", "pack x -o y --hvg 0", "pack x -o y --hvg many", "unpack x", "pack x"):
         with pytest.raises(SystemExit, match="2"):
-            data.main(bad.split())
+            data.command_line(bad.split())
 
 
 def test_what_is_not_an_anndata_file_is_refused(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
     path = write(tmp_path / "x.h5ad")
     for output in (tmp_path, tmp_path / "nowhere" / "out.h5", path, Path(os.devnull)):
         refused(path, str(output), options=["-o", output], commands=["pack"])
-    assert data.main(["info", str(path)]) == 0
+    assert run(data.command_line, ["info", str(path)]) == (0, [])
 
 
 @needs_fork
@@ -270,7 +270,7 @@ def test_packing_broken_off_leaves_nothing_behind(tmp_path, sent):
     script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import data\n"
               "blocks = data.scaled_blocks\n"
               "def slow(*arguments):\n    print('writing', flush=True); time.sleep(9); yield from blocks()\n"
-              "data.scaled_blocks = slow; sys.exit(data.main(sys.argv[1:]))")
+              "data.scaled_blocks = slow; sys.exit(data.status_of(data.command_line, sys.argv[1:]))")
     with subprocess.Popen([sys.executable, "-c", script, ROOT, "pack", path, "-o", tmp_path / "out.h5"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "writing\n"
