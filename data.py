@@ -208,7 +208,7 @@ def write_value(group, name, value):
     encode(node, kinds[bool(node.shape)])
 
 
-# -------------------------------------------------------------------------------------- AnnData in
+# ---------------------------------------------------------------------------------------- files in
 
 @contextlib.contextmanager
 def reading(path):
@@ -404,7 +404,10 @@ def open_matrix(file, key):
 
 
 def row_blocks(matrix):
-    """The matrix in file order, checked, a bounded number of rows at a time: (first row, (n, G) float32)."""
+    """The matrix in file order, checked, a bounded number of rows at a time.
+
+    Yields (first row, values (n, G) float32, factors (n, 1) that make of counts 10,000 per cell).
+    """
     with reading(matrix.path), h5py.File(matrix.path, "r") as file:
         node, (cells, genes) = file[matrix.key], matrix.shape
         step = max(1, BLOCK_BYTES // (4 * genes))
@@ -415,7 +418,9 @@ def row_blocks(matrix):
             end = min(begin + read, cells)
             block = node[begin:end] if matrix.layout == "dense" else sparse_rows(node, matrix, begin, end)
             for first in range(0, end - begin, step):
-                yield begin + first, matrix.checked(block[first:first + step].astype(np.float32, copy=False))
+                values = matrix.checked(block[first:first + step].astype(np.float32, copy=False))
+                sums = values.sum(1) if matrix.counts else np.full(len(values), TARGET_SUM)
+                yield begin + first, values, TARGET_SUM / np.where(sums > 0, sums, 1.0)[:, None]
 
 
 def sparse_rows(node, matrix, begin, end):
@@ -440,8 +445,6 @@ def sparse_rows(node, matrix, begin, end):
         dense.ravel()[places] = values
     return dense if by_row else dense.T
 
-
-# ----------------------------------------------------------------------------------- embeddings in
 
 def read_embeddings(path):
     """Embeddings from an .npz (`genes`, `embeddings`), a GenePT pickle (symbol -> numbers) or a packed file.
@@ -573,13 +576,6 @@ class Dataset:
         return np.stack([zeros, *(known.get(name, zeros) for name in self.perturbations[1:])])
 
 
-def scaled_blocks(matrix):
-    """Row blocks of the matrix: (first row, values (n, G), factors (n, 1) to 10,000 per cell)."""
-    for begin, block in row_blocks(matrix):
-        sums = block.sum(1) if matrix.counts else np.full(len(block), TARGET_SUM)
-        yield begin, block, TARGET_SUM / np.where(sums > 0, sums, 1.0)[:, None]
-
-
 def highly_variable(matrix, number):
     """Columns of the `number` most variable genes, ascending, by Seurat's dispersion (Satija et al. 2015).
 
@@ -588,7 +584,7 @@ def highly_variable(matrix, number):
     """
     cells, genes = matrix.shape
     moments = np.zeros((2, genes))
-    for _, block, factors in scaled_blocks(matrix):
+    for _, block, factors in row_blocks(matrix):
         values = block * factors.astype(np.float64) if matrix.counts else np.expm1(block.astype(np.float64))
         moments += values.sum(0), np.einsum("cg,cg->g", values, values)
     mean = moments[0] / cells
@@ -814,7 +810,7 @@ def write_packed(dataset, output, say, inputs=()):
 
     def blocks():
         started, said = time.monotonic(), 0.0
-        for begin, block, factors in scaled_blocks(matrix):
+        for begin, block, factors in row_blocks(matrix):
             done, here = begin + len(block), np.flatnonzero(place[begin:begin + len(block)] >= 0)
             block = block[:, columns] if len(here) == len(block) else block[here][:, columns]
             block = np.log1p(block * factors[here]) if matrix.counts else block

@@ -268,9 +268,9 @@ def test_an_output_that_nobody_reads_is_no_error(tmp_path):
 def test_packing_broken_off_leaves_nothing_behind(tmp_path, sent):
     path = write(tmp_path / "x.h5ad")
     script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import data\n"
-              "blocks = data.scaled_blocks\n"
+              "blocks = data.row_blocks\n"
               "def slow(*arguments):\n    print('writing', flush=True); time.sleep(9); yield from blocks()\n"
-              "data.scaled_blocks = slow; sys.exit(data.status_of(data.command_line, sys.argv[1:]))")
+              "data.row_blocks = slow; sys.exit(data.status_of(data.command_line, sys.argv[1:]))")
     with subprocess.Popen([sys.executable, "-c", script, ROOT, "pack", path, "-o", tmp_path / "out.h5"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "writing\n"
