@@ -99,8 +99,8 @@ def atomic_output(path, inputs=()):
 
     Any failure to write is a `DataError` that names `path`; so is a path that is one of the files `inputs`.
     """
-    used = os.path.realpath(path) in map(os.path.realpath, inputs)
-    if used or os.path.exists(path) and not os.path.isfile(path):
+    if os.path.exists(path) and (not os.path.isfile(path) or any(
+            os.path.samefile(path, used) for used in inputs if os.path.exists(used))):
         raise DataError(f"{path}: is an input, a directory or a device; name another file to write")
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     try:
