@@ -532,8 +532,8 @@ def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups(
 def test_a_set_depends_on_seed_step_and_number_alone_drawn_ahead_or_not(dataset):
     sampler, other_seed = (data.SetSampler(dataset, dataset.conditions(), 8, seed) for seed in (5, 6))
     whole, half = sampler.draw(7, range(6)), sampler.draw(7, [4, 5])
-    np.testing.assert_array_equal(whole.target[4:], half.target)
-    np.testing.assert_array_equal(whole.control[4:], half.control)
+    for name in ("target", "control"):
+        np.testing.assert_array_equal(getattr(whole, name)[4:], getattr(half, name))
     for other in (sampler.draw(8, range(6)), other_seed.draw(7, range(6))):
         assert not np.array_equal(whole.target, other.target)
     for step, batch in zip(range(3, 7), data.prefetch(sampler, range(3, 7), range(2)), strict=True):
@@ -580,8 +580,8 @@ def test_the_simulation_comes_from_the_seed_alone_and_is_quick():
     first = data.simulate(seed=3)
     assert time.perf_counter() - started < 3.0 and first.name == "simulated" and noted(first, "simulated")
     second = data.simulate(seed=3)
-    np.testing.assert_array_equal(first.expression, second.expression)
-    np.testing.assert_array_equal(first.embeddings, second.embeddings)
+    for name in ("expression", "embeddings"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     assert not np.array_equal(first.expression, data.simulate(seed=4).expression)
 
 
@@ -611,8 +611,7 @@ def test_written_anndata_reads_back_in_any_order_of_rows(tmp_path):
     columns = data.read_obs(path, ["gene", "score"])
     assert list(columns["gene"]) == ["a", "b", "a"] and list(columns["score"]) == ["0", "0.5", "1"]
     with h5py.File(path) as file:
-        np.testing.assert_array_equal(file["X"][:], [[3, 2], [1.5, 2], [0, 2]])
-        assert file["layers/mean"].shape == (3, 2)
+        assert file["X"][:].tolist() == [[3, 2], [1.5, 2], [0, 2]] and file["layers/mean"].shape == (3, 2)
         assert file["uns/deep/n"][()] == 3 and file["uns/note"][()] == b"simulated"
         assert file["X"].chunks is None and file["X"].dtype == np.float32
     for genes, wrong, cells in (["X1", "X2"], ["a"], [[1, 2], [3, 4]]), (["X1"], ["a", "b"], [[1], [2], [3]]):
