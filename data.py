@@ -404,10 +404,7 @@ def open_matrix(file, key):
 
 
 def row_blocks(matrix):
-    """The matrix in file order, checked, a bounded number of rows at a time.
-
-    Yields (first row, values (n, G) float32, factors (n, 1) that make of counts 10,000 per cell).
-    """
+    """Some rows at a time, checked: (first row, values (n, G) float32, factors (n, 1) to 10,000 per cell)."""
     with reading(matrix.path), h5py.File(matrix.path, "r") as file:
         node, (cells, genes) = file[matrix.key], matrix.shape
         step = max(1, BLOCK_BYTES // (4 * genes))
@@ -1076,10 +1073,7 @@ def fingerprint(dataset, split):
 
 
 def claim(name, stem):
-    """Makes the folder runs/NAME, without a name the first of STEM-1, STEM-2, ... that is free.
-
-    Of two runs at once one has it. `DataError` if it exists.
-    """
+    """Makes runs/NAME or the first free of runs/STEM-1, ..., for one run alone. `DataError` if it exists."""
     for new in [name] if name else (f"{stem}-{number}" for number in itertools.count(1)):
         folder = os.path.join("runs", new)
         with contextlib.suppress(FileExistsError):      # NAME may have stopped before it wrote anything

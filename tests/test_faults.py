@@ -90,16 +90,14 @@ FAULTS = {"dense": {
     **{f"a value {value}": ({("X", (3, 3)): value}, needed) for value, needed in {
         np.nan: "nan to nan", np.inf: "0 to inf", -1.0: "from -1 to"}.items()},
     "scaled": ({"X": np.random.default_rng(0).normal(size=(60, 12))}, "not negative"),
-    "neither counts nor logs": ({"X": np.full((60, 12), 99.5)}, "log"),
-    "text in X": ({"X": np.full((60, 12), b"text")}, "numbers"),
-    "complex X": ({"X": np.ones((60, 12), complex)}, "numbers"),
+    **{f"X of {value}": ({"X": np.full((60, 12), value)}, needed) for value, needed in (
+        (99.5, "log"), (b"text", "numbers"), (1j, "numbers"))},
     "a null X": ({"X": h5py.Empty("f4")}, "X"),
     "duplicate genes": ({"var/_index": ["a"] * 12}, "more than once"),
     "a null column": ({"obs/gene": h5py.Empty("f4")}, "x.h5ad"),
     **{f"code {code}": ({(CODES, 4): code}, "codes") for code in (77, -2)},
     "fractional codes": ({CODES: np.full(60, 0.5)}, "codes"),
-    "two-dimensional codes": ({CODES: np.zeros((60, 2), int)}, "number"),
-    "fewer codes": ({CODES: np.zeros(55, int)}, "number"),
+    **{f"codes of shape {shape}": ({CODES: np.zeros(shape, int)}, "number") for shape in ((60, 2), 55)},
     "categories a group": ({CATEGORIES: None, f"{CATEGORIES}/a": [1]}, "unknown kind"),
     "control without a name": ({CATEGORIES: list("wxyz")}, "--control"),
     "two control names": ({CATEGORIES: ["control", "ctrl", "y", "z"]}, "be control or ctrl"),
@@ -129,7 +127,7 @@ FAULTS = {"dense": {
         ("encoding-type", [0, 1]), ("encoding-type", "coo_matrix"))},
 }}
 FAULTS["csc"] = {"one gene twice": FAULTS["csr"]["one gene twice"]}
-LATE = {"a value nan", "a value inf", "a value -1.0", "scaled", "neither counts nor logs", "NaN in data",
+LATE = {"a value nan", "a value inf", "a value -1.0", "scaled", "X of 99.5", "NaN in data",
         "one gene twice", "indices of 12", "indices of -1"}  # only packing notices
 
 
