@@ -449,7 +449,7 @@ def read_embeddings(path):
     Returns (genes, (N, E) float32). Genes with an embedding of zeros have none: left out. Raises `DataError`.
     """
     def read():
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file, np.errstate(over="ignore"):   # infinity is refused
             start = file.peek()[:4]
             if start == b"\x89HDF":
                 with open_file(path) as packed:
