@@ -623,7 +623,7 @@ def find_expression(file, hvg, predicted):
     keys = [key for key in ("obsm/X_hvg", "X") if key in file]
     keys = keys or [f"layers/{name}" for name in file.get("layers", ())][:1] or ["X"]
     matrix = open_matrix(file, keys[0])
-    if matrix.counts:                                   # their totals are those of all genes
+    if matrix.counts:                                   # of some genes: X has the totals of all
         matrix = open_matrix(file, keys[-1])
     matrix.predicted = predicted
     notes = [f"{matrix.key} holds counts: normalised to 10,000 per cell and log1p'd" if matrix.counts else
