@@ -15,13 +15,11 @@ import json
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import tomllib
-import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -38,6 +36,7 @@ SYMBOL_COLUMNS = ("gene_name", "gene_symbols", "feature_name", "gene_symbol")
 TARGET_SUM = 1e4            # counts are normalised to this total per cell before log1p
 LOG_NORMALISED_MAX = 20.0   # log1p of anything a sequencer counts stays below
 SECONDS_TO_OPEN = 10        # and one for every 50 MB: labels take far less, damaged files can take for ever
+MEMORY_TO_OPEN = 2 << 30    # bytes, and 20 for every byte of the file
 BLOCK_BYTES = 16 << 20      # of a matrix at a time: small enough for its pages to be used again
 
 
@@ -100,10 +99,10 @@ def atomic_output(path, inputs=()):
 
     Any failure to write is a `DataError` that names `path`; so is a path that is one of the files `inputs`.
     """
-    if not str(path).isprintable() or os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{path}: no plain name, a directory or a device; name the file to write")
-    if os.path.exists(path) and any(os.path.samefile(path, used) for used in inputs if os.path.exists(used)):
-        raise DataError(f"{path}: is an input; name another file to write")
+    taken = os.path.exists(path) and (not os.path.isfile(path) or any(
+        os.path.samefile(path, used) for used in inputs if os.path.exists(used)))
+    if taken or not str(path).isprintable():
+        raise DataError(f"{path}: is an input, a directory, a device or no plain name; name another file")
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     try:
         with locked(temporary):                         # what a killed process left there is written over
@@ -123,8 +122,7 @@ def atomic_output(path, inputs=()):
 def write_csv(path, columns, rows):
     """Rows of values as CSV: floats with seven digits, not-a-number as an empty cell. Atomic."""
     def text(value):
-        number = isinstance(value, (float, np.floating))
-        return value if not number else f"{value:.7g}" if value == value else ""
+        return "" if value != value else f"{value:.7g}" if isinstance(value, (float, np.floating)) else value
     with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([columns, *([text(value) for value in row] for row in rows)])
@@ -190,12 +188,10 @@ def write_frame(file, key, index, columns):
         if len(values) != len(index):
             raise ValueError(f"{key}/{name}: {len(values)} values for {len(index)} rows")
         if len(values) and isinstance(values[0], str):
-            categories = sorted(set(values) - {""})
-            code = {category: number for number, category in enumerate(categories)}
-            column = encode(group.create_group(name), "categorical")
-            column.attrs["ordered"] = False
-            write_value(column, "codes", np.array([code.get(value, -1) for value in values], np.int32))
-            write_value(column, "categories", categories)
+            code = dict(zip(sorted(set(values) - {""}), itertools.count()))
+            codes = np.array([code.get(value, -1) for value in values], np.int32)
+            write_value(group, name, {"codes": codes, "categories": list(code)})
+            encode(group[name], "categorical").attrs["ordered"] = False
         else:
             write_value(group, name, np.asarray(values))
 
@@ -209,11 +205,11 @@ def write_value(group, name, value):
         return
     text = all(isinstance(item, str) for item in value) if isinstance(value, list) else isinstance(value, str)
     node = group.create_dataset(name, data=value, dtype=h5py.string_dtype() if text else None)
-    scalar, array = ("string", "string-array") if text else ("numeric-scalar", "array")
-    encode(node, array if node.shape else scalar)
+    kinds = ("string", "string-array") if text else ("numeric-scalar", "array")
+    encode(node, kinds[bool(node.shape)])
 
 
-# -------------------------------------------------------------------------------------- AnnData in
+# ---------------------------------------------------------------------------------------- files in
 
 @contextlib.contextmanager
 def reading(path):
@@ -233,11 +229,6 @@ def reading(path):
         raise DataError(f"{path}: cannot be read, damaged or of an unknown kind ({reason})") from None
 
 
-def most_memory(path):
-    """Bytes that reading the labels or embeddings of a file can honestly take."""
-    return 2_000_000_000 + 20 * os.path.getsize(path)
-
-
 def in_child(path, read):
     """What `read()` returns, from a forked child with limits on time and memory; `DataError` beyond them.
 
@@ -246,22 +237,20 @@ def in_child(path, read):
     """
     if not hasattr(os, "fork"):
         return read()
-    with reading(path):
-        seconds, memory = SECONDS_TO_OPEN + os.path.getsize(path) // 50_000_000, most_memory(path)
+    size = os.path.exists(path) and os.path.getsize(path)
 
     def answer():
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent ends this process
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)                           # so does the clock, inside the HDF5 library, too
+        signal.alarm(SECONDS_TO_OPEN + size // 50_000_000)      # so does the clock, inside HDF5, too
         if os.path.exists("/proc/self/statm"):          # pages in use
             import resource
             used = int(np.loadtxt("/proc/self/statm")[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
+            limit = used + MEMORY_TO_OPEN + 20 * size
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         try:
-            send.send((read(), None))
-        except Exception as error:
-            error.add_note(traceback.format_exc())      # does not travel by itself
-            send.send((None, error))
+            send.send(read())
+        except DataError as error:                      # the traceback of any other is printed here
+            send.send(error)
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
     child = fork.Process(target=answer, daemon=True)
@@ -269,41 +258,38 @@ def in_child(path, read):
         child.start()
     send.close()
     try:
-        result, error = receive.recv()
+        result = receive.recv()
     except EOFError:
         raise DataError(f"{path}: reading it crashes or does not come to an end: it is damaged") from None
     finally:
         child.kill()
         child.join()
-    if error:
-        raise error
+    if isinstance(result, DataError):
+        raise result
     return result
 
 
 def open_file(path):
-    """Opens an HDF5 file for reading, after a look at the sizes it claims."""
+    """Opens an HDF5 file for reading; refuses one whose parts lie in other files."""
     with reading(path), open(path, "rb"):
         if not h5py.is_hdf5(path):
             raise ValueError("not an HDF5 file; AnnData files, .h5ad or .h5, can be read")
-        file, size = h5py.File(path, "r"), os.path.getsize(path)
+        file = h5py.File(path, "r")
 
-        def problem(name, link):
+        def elsewhere(name, link):
             node = file[name] if isinstance(link, h5py.HardLink) else None
-            stored = isinstance(node, h5py.Dataset) and bool(node.size)
+            stored = isinstance(node, h5py.Dataset) and node.shape
             if isinstance(link, h5py.ExternalLink) or stored and (node.external or node.is_virtual):
-                return f"{name} lies in another file"
-            if stored and node.nbytes > 1100 * size + 1_000_000:    # deflate cannot beat 1032 to 1
-                return f"{name} claims {node.nbytes:,} bytes in a file of {size:,}"
-        if found := file.visititems_links(problem):
-            raise ValueError(found)
+                return name
+        if found := file.visititems_links(elsewhere):
+            raise ValueError(f"{found} lies in another file")
         return file
 
 
 def text_attribute(node, name):
     """An attribute of an HDF5 node as text, empty where there is none."""
     value = node.attrs.get(name, "")
-    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return value if isinstance(value, str) else ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def read_column(node, categories=None):
@@ -312,43 +298,37 @@ def read_column(node, categories=None):
     node: array, categorical (codes, categories) or nullable (values, mask); `categories`: where codes point.
     Numbers are named, too, 3.0 as "3". Code -1 means missing: "", "nan", not-a-number.
     """
+    mask = False
     if isinstance(node, h5py.Group) and "mask" in node:
-        codes, names = read_column(node["values"])
-        codes[node["mask"][()].astype(bool)] = -1
-        return codes, names
+        node, mask = node["values"], node["mask"][()].astype(bool)
     if isinstance(node, h5py.Group):
         node, categories = node["codes"], node["categories"]
     elif "categories" in getattr(node, "attrs", ()):    # as before 0.8
         categories = node.file[node.attrs["categories"]]
     rows = node[()]
-    if rows.ndim != 1:
-        raise ValueError(f"a column has {rows.ndim} dimensions")
     if categories is not None:
         codes, names = read_column(categories)
-        if rows.dtype.kind not in "iu" or len(rows) and not -1 <= rows.min() <= rows.max() < len(codes):
+        if rows.dtype.kind not in "iu" or rows.size and not -1 <= rows.min() <= rows.max() < len(codes):
             raise ValueError(f"a column has codes {np.unique(rows)[[0, -1]]} for {len(codes)} categories")
         return np.append(codes, -1)[rows], names
     values, codes = np.unique(rows, return_inverse=True)
     names = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).removesuffix(".0")
              for value in values.tolist()]
-    return np.where(np.isin(names, ["", "nan"])[codes], -1, codes), names
+    return np.where(np.isin(names, ["", "nan"])[codes] | mask, -1, codes), names
 
 
 def open_frame(file, key):
     """The data frame "obs" or "var": (function from a name to the column, names, name of the index)."""
     if key not in file:
         raise ValueError(f"no {key}: not an AnnData file, it has {listed(file) or 'nothing'}")
-    node, uns = file[key], file.get("uns", {})
+    node = file[key]
     if isinstance(node, h5py.Group):                    # else one compound table, as before 0.7
-        columns, categories = node, node.get("__categories", {})        # as in 0.7
-        names = [name for name in node if name != "__categories"]
+        columns, names, categories = node, list(node), key + "/__categories/{}"     # as in 0.7
     else:
-        columns, names = node[()], list(node.dtype.names or ())
-        categories = {name: uns[f"{name}_categories"] for name in names if f"{name}_categories" in uns}
-    index = [name for name in (text_attribute(node, "_index"), "_index", "index") if name in names]
-    if not index:
-        raise ValueError(f"{key} has no index column, it has {listed(names) or 'no columns'}")
-    return lambda name: read_column(columns[name], categories.get(name)), names, index[0]
+        columns, names, categories = node[()], list(node.dtype.names), "uns/{}_categories"
+    index = text_attribute(node, "_index") or "index"
+    return (lambda name: read_column(columns[name], file.get(categories.format(name))),
+            [name for name in names if name not in ("__categories", index)], index)
 
 
 def texts(column):
@@ -360,9 +340,7 @@ def read_obs(path, columns):
     """Columns of obs by name: {name: (C,) array of text}, "" where missing."""
     def read():
         with open_file(path) as file, reading(path):
-            column, names, _ = open_frame(file, "obs")
-            if missing := [name for name in columns if name not in names]:
-                raise ValueError(f"obs has no {listed(missing)}; it has {listed(names, 20)}")
+            column, *_ = open_frame(file, "obs")
             return {name: texts(column(name)) for name in columns}
     return in_child(path, read)
 
@@ -382,7 +360,6 @@ class Matrix:
     pointers: np.ndarray         # where each row (csr) or column (csc) begins: (C + 1,) or (G + 1,)
     counts: bool                 # raw counts, told from a sample: whole numbers
     choose: int = 0              # how many highly variable genes are to be chosen; 0: all are used
-    totals: object = None        # the Matrix of all genes, where this one holds the counts of only some
     predicted: bool = False      # predictions: values may be of any size, every row is kept
 
     @functools.cached_property
@@ -394,12 +371,11 @@ class Matrix:
 
     def checked(self, values):
         """The values; `DataError` unless all are finite and what counts or their logarithms can be."""
-        low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
-        finite, most = np.isfinite([low, high]).all(), np.inf if self.counts else LOG_NORMALISED_MAX
-        if not finite or not self.predicted and not 0 <= low <= high <= most:
-            wrong = "not finite" if not finite else "negative" if low < 0 else "too large for log1p"
-            raise DataError(f"{self.path}: {self.key} holds values that are {wrong} ({low:g} to {high:g}); "
-                            "counts, or log1p of normalised counts, were expected")
+        low, high = values.min(initial=0.0), values.max(initial=0.0)
+        expected = self.predicted or 0 <= low and (self.counts or high <= LOG_NORMALISED_MAX)
+        if not expected or not np.isfinite(high - low):
+            raise DataError(f"{self.path}: {self.key} holds values from {low:g} to {high:g}; counts, or "
+                            "log1p of normalised counts, were expected, finite and not negative")
         return values
 
 
@@ -408,61 +384,55 @@ def open_matrix(file, key):
     node, offset, pointers = file[key], None, None
     if isinstance(node, h5py.Dataset):
         layout, values, shape, offset = "dense", node, node.shape or (), node.id.get_offset()
-        if len(shape) != 2 or offset and offset + node.nbytes > os.path.getsize(file.filename):
-            raise ValueError(f"{key} has {len(shape)} dimensions, not cells by genes, or no end")
     else:
         layout = text_attribute(node, "encoding-type") or text_attribute(node, "h5sparse_format")
-        layout = layout.removesuffix("_matrix")
-        shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-        if layout not in ("csr", "csc") or np.shape(shape) != (2,):
-            raise ValueError(f"{key} is neither a dense nor a compressed sparse matrix (CSR, CSC)")
-        shape = tuple(int(size) for size in shape)
-        values, indices, pointers = node["data"], node["indices"], node["indptr"][()]
-        if {pointers.dtype.kind, indices.dtype.kind} - {"i", "u"}:
-            raise ValueError(f"{key}: indptr and indices must be whole numbers")
-        pointers = pointers.astype(np.int64)
-        if (pointers.shape != (shape[layout == "csc"] + 1,) or values.shape != indices.shape
-                or [*pointers[[0, -1]]] != [0, values.size] or (np.diff(pointers) < 0).any()):
-            raise ValueError(f"{key}: data ({values.size}), indices ({indices.size}) and indptr "
-                             f"({pointers.size}) do not fit a {layout} matrix of shape {shape}")
-    if values.dtype.kind not in "biuf" or min(shape) < 1:
-        raise ValueError(f"{key} does not hold numbers but {values.dtype} of shape {shape}")
+        layout, values, indices = layout.removesuffix("_matrix"), node["data"], node["indices"]
+        shape = tuple(map(int, node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))))
+        pointers = node["indptr"][()].astype(np.int64, casting="same_kind")
+        if (layout not in ("csr", "csc") or len(shape) != 2 or len(pointers) != shape[layout == "csc"] + 1
+                or [*pointers[[0, -1]]] != [0, values.size] or (np.diff(pointers) < 0).any()
+                or values.shape != indices.shape or indices.dtype.kind not in "iu"):
+            raise ValueError(f"{key}: data ({values.size}), indices ({indices.size} {indices.dtype}), indptr "
+                             f"({pointers.size}) are no sparse matrix, CSR or CSC, of shape {shape}")
+    if (len(shape) != 2 or min(shape) < 1 or values.dtype.kind not in "biuf"
+            or offset and offset + node.nbytes > os.path.getsize(file.filename)):
+        raise ValueError(f"{key} has {values.dtype} of shape {shape}, not numbers, cells by genes, or no end")
     width = 64 if layout == "dense" else 1 << 16
     starts = np.linspace(0, max(0, len(values) - width), 4).astype(int)
     sample = np.concatenate([values[start:start + width].ravel() for start in starts])
-    counts = bool((sample == np.rint(sample)).all() and (sample >= 0).all())
+    counts = bool((sample == np.abs(np.rint(sample))).all())
     return Matrix(file.filename, key, layout, shape, values.dtype, offset, pointers, counts)
 
 
 def row_blocks(matrix):
-    """The matrix in file order, a bounded number of rows at a time: yields (first row, (n, G) float32)."""
+    """Some rows at a time, checked: (first row, values (n, G) float32, factors (n, 1) to 10,000 per cell)."""
     with reading(matrix.path), h5py.File(matrix.path, "r") as file:
         node, (cells, genes) = file[matrix.key], matrix.shape
-        step = read = max(1, BLOCK_BYTES // (4 * genes))
-        if matrix.layout == "csc":                      # a pass over the file for each block: large ones
-            read = 64 * step
-        elif matrix.layout == "dense" and node.chunks:  # whole chunks: each is decompressed once
-            chunk = min(node.chunks[0], 8 * step)
-            step = read = max(1, step // chunk) * chunk
+        step = max(1, BLOCK_BYTES // (4 * genes))
+        chunk = min((getattr(node, "chunks", None) or (1,))[0], 8 * step)
+        step = max(1, step // chunk) * chunk            # whole chunks: each is decompressed once
+        read = 64 * step if matrix.layout == "csc" else step    # each takes a pass over the file: large ones
         for begin in range(0, cells, read):
             end = min(begin + read, cells)
             block = node[begin:end] if matrix.layout == "dense" else sparse_rows(node, matrix, begin, end)
             for first in range(0, end - begin, step):
-                yield begin + first, block[first:first + step].astype(np.float32, copy=False)
+                values = matrix.checked(block[first:first + step].astype(np.float32, copy=False))
+                sums = values.sum(1) if matrix.counts else np.full(len(values), TARGET_SUM)
+                yield begin + first, values, TARGET_SUM / np.where(sums > 0, sums, 1.0)[:, None]
 
 
 def sparse_rows(node, matrix, begin, end):
     """Rows `begin` to `end` of a sparse matrix as a dense (n, G) array, a part of the entries at a time."""
     # a line: a row of a CSR matrix, or a column of a CSC one, from all of which the rows are picked
-    by_row, (cells, genes) = matrix.layout == "csr", matrix.shape
+    by_row, size = matrix.layout == "csr", matrix.shape[matrix.layout == "csr"]
     pointers = matrix.pointers[begin:end + 1] if by_row else matrix.pointers
-    dense = np.zeros((end - begin, genes) if by_row else (genes, end - begin), np.float32)
+    dense = np.zeros((len(pointers) - 1, size if by_row else end - begin), np.float32)
     cuts = np.searchsorted(pointers, np.arange(pointers[0], pointers[-1], BLOCK_BYTES // 4))
     for first, last in itertools.pairwise(np.unique([0, *cuts, len(dense)])):
         entries = slice(*pointers[[first, last]])
         indices, values = node["indices"][entries].astype(np.int64), node["data"][entries]
         lines = np.repeat(np.arange(first, last), np.diff(pointers[first:last + 1]))
-        if len(indices) and not 0 <= indices.min() <= indices.max() < matrix.shape[by_row]:
+        if len(indices) and not 0 <= indices.min() <= indices.max() < size:
             raise ValueError(f"indices run from {indices.min()} to {indices.max()}, beyond {matrix.shape}")
         if not by_row:
             here = (indices >= begin) & (indices < end)
@@ -474,25 +444,25 @@ def sparse_rows(node, matrix, begin, end):
     return dense if by_row else dense.T
 
 
-# ----------------------------------------------------------------------------------- embeddings in
-
 def read_embeddings(path):
     """Embeddings from an .npz (`genes`, `embeddings`), a GenePT pickle (symbol -> numbers) or a packed file.
 
     Returns (genes, (N, E) float32). Genes with an embedding of zeros have none: left out. Raises `DataError`.
     """
     def read():
-        with reading(path), open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file, np.errstate(over="ignore"):   # infinity is refused
             start = file.peek()[:4]
             if start == b"\x89HDF":
                 with open_file(path) as packed:
                     return read_packed(packed)["embeddings"]
-            if start != b"PK\x03\x04":
-                return check_embeddings(*read_genept(file))
-            with np.load(file, allow_pickle=False) as archive:
-                if sum(member.file_size for member in archive.zip.infolist()) > most_memory(path):
-                    raise ValueError("takes too much memory for its size")
-                return check_embeddings(archive["genes"], archive["embeddings"])
+            if start == b"PK\x03\x04":
+                with np.load(file, allow_pickle=False) as archive:
+                    return check_embeddings(archive["genes"], archive["embeddings"])
+            table = PlainUnpickler(file).load()
+            if not isinstance(table, dict):
+                raise ValueError("no GenePT pickle: a dict from gene symbol to numbers was expected")
+            rows = [np.asarray(numbers, np.float32) for numbers in table.values()]
+            return check_embeddings(np.array([*table], object), np.stack(rows))
     return in_child(path, read)
 
 
@@ -505,70 +475,50 @@ def check_names(names):
 
 def check_embeddings(genes, embeddings):
     """(genes, embeddings) as list and float32, without rows of zeros; ValueError if they do not fit."""
-    if genes.ndim != 1 or embeddings.shape[:-1] != genes.shape or embeddings.dtype.kind not in "iuf":
-        raise ValueError(f"genes {genes.shape}, embeddings {embeddings.dtype} {embeddings.shape}: do not fit")
-    if not all(isinstance(gene, str) for gene in genes) or len(set(genes)) < len(genes):
-        raise ValueError("gene names must be text, each once")
+    embeddings = embeddings.astype(np.float32, casting="same_kind", copy=False)
+    distinct = {gene for gene in genes if isinstance(gene, str)}
+    if not embeddings.shape[:-1] == (genes.size,) == (len(distinct),) or not np.isfinite(embeddings).all():
+        raise ValueError(f"genes must be text, each once, with a row of finite numbers: {genes.shape} genes, "
+                         f"{embeddings.shape} embeddings")
     check_names(genes)
-    embeddings = embeddings.astype(np.float32, copy=False)
-    if not np.isfinite(embeddings).all():
-        raise ValueError("some embeddings are not finite")
     present = embeddings.any(1)
-    return genes[present].tolist(), embeddings if present.all() else embeddings[present]
+    return genes[present].tolist(), embeddings[present]
+
+
+def plain_array(kind, raw, shape=(), order="C"):
+    """The array or scalar, of numbers or text, that numpy would have made of the raw parts in a pickle."""
+    kind = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1])
+    if kind.kind not in "iufU":
+        raise ValueError(f"an array of {kind}")
+    return np.frombuffer(raw, kind).reshape(shape, order=order)[()]
 
 
 class Pickled:
-    """Stands in for whatever numpy puts into a pickle: runs nothing, remembers the raw parts of an array."""
+    """Stands in for a dtype or array of numpy in a pickle: runs nothing, remembers its parts."""
 
-    def __init__(self, name, arguments):
-        self.name, self.arguments = name, arguments
+    def __init__(self, *arguments):
+        self.arguments = arguments
 
     def __setstate__(self, state):
         self.state = state
 
-    def __float__(self):
-        return float(self.array())
-
-    def array(self):
-        """The array or scalar, of numbers or text, that numpy would have made."""
-        if self.name == "scalar":
-            (dtype, raw), shape, order = self.arguments, (), "C"
-        elif self.name == "_frombuffer":
-            raw, dtype, shape, order = self.arguments
-        else:
-            _, shape, dtype, order, raw = self.state    # order: whether it is Fortran's
-        raw = raw.arguments[0].encode("latin1") if isinstance(raw, Pickled) else raw    # text in protocol 2
-        kind = np.dtype(str(dtype.arguments[0])).newbyteorder(dtype.state[1])
-        if kind.kind not in "iufU":
-            raise ValueError(f"an array of {kind}")
-        return np.frombuffer(raw, kind).reshape(shape, order="F" if order in ("F", True) else "C")
+    def __array__(self, dtype=None, copy=None):
+        _, shape, kind, fortran, raw = self.state
+        return plain_array(kind, raw, shape, "F" if fortran else "C")
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads containers, numbers, text and numpy arrays of those; refuses a pickle that names more."""
-    NUMPY = {"_codecs.encode", "numpy.ndarray", "numpy.dtype",
-             *(f"numpy.{core}.{name}" for core in ("core", "_core")
-               for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))}
+    KNOWN = {"_codecs.encode": lambda text, _: text.encode("latin1"),       # the bytes of protocol 2
+             "numpy.ndarray": Pickled, "numpy.dtype": Pickled}
+    for core in ("numpy.core", "numpy._core"):
+        KNOWN |= {f"{core}.multiarray._reconstruct": Pickled, f"{core}.multiarray.scalar": plain_array,
+                  f"{core}.numeric._frombuffer": lambda raw, kind, *layout: plain_array(kind, raw, *layout)}
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.NUMPY:
+        if f"{module}.{name}" not in self.KNOWN:
             raise ValueError(f"names {module}.{name}: refused, since it could run code")
-        return lambda *arguments: Pickled(name, arguments)
-
-
-def read_genept(file):
-    """A pickled dict from gene symbol to a list or array of numbers: (genes, (N, E) float32)."""
-    table, rows = PlainUnpickler(file).load(), []
-    if not isinstance(table, dict):
-        raise ValueError("no GenePT pickle: a dict from gene symbol to numbers was expected")
-    for numbers in table.values():
-        if isinstance(numbers, (list, tuple)):
-            numbers = np.fromiter(numbers, np.float32, len(numbers))
-        rows.append(np.asarray(numbers.array() if isinstance(numbers, Pickled) else numbers, np.float32))
-        if rows[-1].shape != rows[0].shape:
-            raise ValueError("embeddings of different lengths")
-    genes = [str(gene.array()) if isinstance(gene, Pickled) else gene for gene in table]
-    return np.array(genes, object), np.stack(rows)
+        return self.KNOWN[f"{module}.{name}"]
 
 
 # ----------------------------------------------------------------------------------------- Dataset
@@ -624,19 +574,6 @@ class Dataset:
         return np.stack([zeros, *(known.get(name, zeros) for name in self.perturbations[1:])])
 
 
-def scaled_blocks(matrix, totals=None):
-    """Row blocks of the matrix, checked: (first row, values (n, G), factors (n, 1) to 10,000 per cell).
-
-    totals: (C,) the cells' totals where the matrix holds only some of the genes. Logarithms have factor 1.
-    """
-    for begin, block in row_blocks(matrix):
-        sums = np.full(len(block), TARGET_SUM, np.float32)
-        if matrix.counts:
-            sums = block.sum(1) if totals is None else totals[begin:begin + len(block)]
-        factors = (TARGET_SUM / np.where(sums > 0, sums, 1.0)).astype(np.float32)[:, None]
-        yield begin, matrix.checked(block), factors
-
-
 def highly_variable(matrix, number):
     """Columns of the `number` most variable genes, ascending, by Seurat's dispersion (Satija et al. 2015).
 
@@ -644,13 +581,12 @@ def highly_variable(matrix, number):
     20 bins of log1p(mean), a gene alone in its bin scoring 1. One streaming pass.
     """
     cells, genes = matrix.shape
-    total, squares = np.zeros(genes), np.zeros(genes)
-    for _, block, factors in scaled_blocks(matrix):
+    moments = np.zeros((2, genes))
+    for _, block, factors in row_blocks(matrix):
         values = block * factors.astype(np.float64) if matrix.counts else np.expm1(block.astype(np.float64))
-        total += values.sum(0)
-        squares += np.einsum("cg,cg->g", values, values)
-    mean = total / cells
-    variance = np.maximum(squares - cells * mean ** 2, 0.0) / max(1, cells - 1)
+        moments += values.sum(0), np.einsum("cg,cg->g", values, values)
+    mean = moments[0] / cells
+    variance = np.maximum(moments[1] - cells * mean ** 2, 0.0) / max(1, cells - 1)
     varies, level = variance > 0, np.log1p(mean)
     edges = np.linspace(level.min(), level.max(), 21)
     bins = np.clip(np.searchsorted(edges, level) - 1, 0, 19)            # open to the left, as pandas.cut
@@ -664,40 +600,39 @@ def highly_variable(matrix, number):
 
 # ----------------------------------------------------------------------------- loading and packing
 
-def choose(what, names, asked, known):
-    """(name, problem): the one of `names` that was asked for, or else the one in a spelling of the field."""
+def choose(path, what, names, asked, known, needed=True):
+    """The one of `names` that was asked for or is in a spelling of the field; "" for none unless `needed`."""
     found = [name for name in names if name == asked or not asked and name.lower() in known]
-    if len(found) == 1:
-        return found[0], ""
+    if len(found) == 1 or not found and not needed:
+        return "".join(found)
     problem = f"the {what} could be {' or '.join(found)}" if found else f"no {what} {asked or 'recognised'}"
-    return "", f"{problem}; name it with --{what.removesuffix(' label').replace(' ', '-')}"
+    raise DataError(f"{path}: {problem}; name it with --{what.removesuffix(' label').replace(' ', '-')} "
+                    f"(there are {listed(names, 20) or 'none'})")
 
 
 def read_packed(file):
     """What `pack` put into uns: {"control", "notes", "embeddings": (genes, (N, E))}, or {} in other files."""
     if text_attribute(file, "format") == "ptrag-packed":
         raise ValueError("packed by an earlier version: pack it again")
-    packed = {name: node[()] for name, node in file.get("uns/ptrag", {}).items()}
-    if not packed:
+    if "uns/ptrag" not in file:
         return {}
-    genes = np.array([text.decode() for text in packed["embedding_genes"]], object)
-    return {"control": packed["control"].decode(), "notes": [text.decode() for text in packed["notes"]],
-            "embeddings": check_embeddings(genes, packed["embeddings"])}
+    packed = file["uns/ptrag"]
+    return {"control": packed["control"].asstr()[()], "notes": packed["notes"].asstr()[()].tolist(),
+            "embeddings": check_embeddings(packed["embedding_genes"].asstr()[()], packed["embeddings"][()])}
 
 
-def find_expression(file, hvg):
-    """The matrix to use, obsm/X_hvg, else X, else the first layer: (Matrix, notes)."""
+def find_expression(file, hvg, predicted):
+    """The matrix to use, obsm/X_hvg if it holds logarithms, else X, else the first layer: (Matrix, notes)."""
     keys = [key for key in ("obsm/X_hvg", "X") if key in file]
-    keys = keys or [f"layers/{name}" for name in file.get("layers", ())][:1]
-    if not keys:
-        raise ValueError("neither X nor obsm/X_hvg")
-    matrix, *others = (open_matrix(file, key) for key in keys)
+    keys = keys or [f"layers/{name}" for name in file.get("layers", ())][:1] or ["X"]
+    matrix = open_matrix(file, keys[0])
+    if matrix.counts:                                   # of some genes: X has the totals of all
+        matrix = open_matrix(file, keys[-1])
+    matrix.predicted = predicted
     notes = [f"{matrix.key} holds counts: normalised to 10,000 per cell and log1p'd" if matrix.counts else
              f"{matrix.key} holds log-normalised values: used as they are"]
-    matrix.choose = 0 if matrix.key == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
-    if matrix.counts and others and others[0].counts and others[0].shape[0] == matrix.shape[0]:
-        matrix.totals = others[0]
-    elif not matrix.counts and matrix.layout != "csc":  # where even a few rows take a pass over the file
+    matrix.choose = 0 if predicted or matrix.key == "obsm/X_hvg" or matrix.shape[1] <= hvg else hvg
+    if not matrix.counts and matrix.layout != "csc":  # where even a few rows take a pass over the file
         totals = np.expm1(next(row_blocks(matrix))[1].astype(np.float64)).sum(1)
         # genes left out can make a total smaller, but not larger, nor the same in every cell
         if totals.max() > 1.01 * TARGET_SUM or totals.std() < 0.01 * totals.mean() < 0.0099 * TARGET_SUM:
@@ -719,17 +654,15 @@ def gene_names(file, matrix, perturbations, notes):
             genes = np.where(np.isin(symbols, [*values[times > 1], ""]), genes, symbols)
             notes[-1] = f"genes are called by their symbols, var column {name}, as the perturbations are"
     if matrix.key == "obsm/X_hvg" and len(genes) != number:
-        marked = "highly_variable" in names and np.isin(texts(column("highly_variable")), ["True", "1"])
-        if np.sum(marked) == number:
-            genes = genes[marked]
-        else:
+        if "highly_variable" in names:
+            genes = genes[np.isin(texts(column("highly_variable")), ["True", "1"])]
+        if len(genes) != number:
             genes = np.array([f"hvg{i}" for i in range(number)])
             notes.append(f"the {number} genes of {matrix.key} have no names: called hvg0 to hvg{number - 1}")
-    if len(genes) != number:
-        raise ValueError(f"{matrix.key} has {number:,} columns for {len(genes):,} genes in var")
     distinct, times = np.unique(genes, return_counts=True)
-    if len(distinct) < number:
-        raise ValueError(f"genes named more than once, {listed(distinct[times > 1])}: make them unique")
+    if len(genes) != number or (times > 1).any():
+        raise ValueError(f"{matrix.key} has {number:,} columns for {len(genes):,} genes in var, more than "
+                         f"once {listed(distinct[times > 1]) or 'none'}")
     return genes.tolist()
 
 
@@ -744,29 +677,23 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
 
     def read():
         with open_file(path) as file, reading(path):
-            packed, (column, names, index) = read_packed(file), open_frame(file, "obs")
-            matrix, notes = find_expression(file, np.inf if predicted else hvg)
-            matrix.predicted = predicted
-            names, labels, problems = [name for name in names if name != index], [], []
+            packed, (column, names, _) = read_packed(file), open_frame(file, "obs")
+            (matrix, notes), labels = find_expression(file, hvg, predicted), []
             columns = cell_line_column, perturbation_column, batch_column
             for asked, (what, known) in zip(columns, COLUMNS.items()):
-                name, problem = choose(what, names, asked, known)
+                name = choose(path, what, names, asked, known, asked or what == "perturbation column")
                 labels.append(column(name) if name else (np.zeros(matrix.shape[0], int), ["all"]))
-                if problem.startswith(f"no {what} recognised") and what != "perturbation column":
+                if not name:
                     notes.append(f"no {what} ({', '.join(known)}): all cells count as one, called all")
-                elif problem:
-                    problems.append(problem)
-                if len(labels[-1][0]) != matrix.shape[0]:
+                if labels[-1][0].shape != (matrix.shape[0],):
                     raise ValueError(f"obs column {name} and the rows of {matrix.key} differ in number")
-            if problems:
-                raise DataError(f"{path}: {'; '.join(problems)} (there are {listed(names, 20) or 'none'})")
             genes = gene_names(file, matrix, labels[1][1], notes)
             check_names([*genes, *(name for _, names in labels for name in names)])
         notes = packed.get("notes", notes)
         embeddings = given or packed.get("embeddings", ([], np.zeros((0, 0), np.float32)))
         if need_embeddings and not embeddings[0]:
             raise DataError(f"{path}: holds no gene embeddings; give a GenePT pickle or an .npz by --genept")
-        embedded = None if need_embeddings is False else set(embeddings[0]) or None
+        embedded = need_embeddings is not False and embeddings[0]
         labels = usable_cells(path, labels, control or packed.get("control", ""), embedded, predicted, notes)
         codes, names = zip(*labels)
         dataset, twins = Dataset(path, genes, *names, matrix, *codes, *embeddings, notes), {}
@@ -785,33 +712,31 @@ def recognise(path, genept="", perturbation_column="", cell_line_column="", batc
 def usable_cells(path, labels, control, embedded, predicted, notes):
     """The three labels as codes into sorted names, -1 for cells that cannot be used; the notes count those.
 
-    embedded: the genes with an embedding; None keeps the perturbations without one. Predictions are all kept.
+    embedded: the genes with an embedding; if none, perturbations without one are kept. Predictions all are.
     """
     (line, lines), (perturbation, perturbations), (group, groups) = labels
-    keep = np.ones(len(line), bool)
+    keep = (line >= 0) & (perturbation >= 0)
+    if not keep.all():
+        notes.append(f"{(~keep).sum():,} cells without a cell line or perturbation left out")
 
-    def leave_out(unusable, what, codes=None, names=()):
+    def leave_out(unusable, what, codes, names=""):
         unusable = unusable & keep
-        if unusable.any():
-            left = sorted(names[code] for code in np.unique(codes[unusable])) if names else []
-            named = f"{len(left)} {what} left out: {listed(left)} ({unusable.sum():,} cells)"
-            notes.append(named if left else f"{unusable.sum():,} {what} left out")
+        left = np.unique(codes[unusable])
+        if len(left):
+            which = names and f": {listed(sorted(names[code] for code in left))} ({unusable.sum():,} cells)"
+            notes.append(f"{len(left):,} {what} left out{which}")
             keep[unusable] = False
-    leave_out((line < 0) | (perturbation < 0), "cells without a cell line or perturbation")
     present = [perturbations[code] for code in np.unique(perturbation[keep])]
-    found, problem = choose("control label", present, control, CONTROL_LABELS)
-    if problem and not (predicted and problem.startswith("no ")):
-        raise DataError(f"{path}: {problem} (there are {listed(present, 20) or 'none'})")
-    control = found or control
-    is_control = keep & np.array([*(name == control for name in perturbations), False])[perturbation]
+    control = choose(path, "control label", present, control, CONTROL_LABELS, not predicted) or control
     if not predicted:
-        leave_out(~np.isin(line, line[is_control]), "cell lines without control cells", line, lines)
+        is_control = perturbation == perturbations.index(control)
+        leave_out(~np.isin(line, line[keep & is_control]), "cell lines without control cells", line, lines)
         known = {control, *(embedded or perturbations)}
         without = np.array([name not in known for name in perturbations])[perturbation]
         leave_out(without, "perturbations without an embedding", perturbation, perturbations)
-        condition = np.where(keep & ~is_control, line * len(perturbations) + perturbation, -1)
-        _, place, sizes = np.unique(condition, return_inverse=True, return_counts=True)
-        leave_out((condition >= 0) & (sizes[place] == 1), "conditions with a single cell")
+        condition = np.where(keep, line * len(perturbations) + perturbation, 0)
+        single = np.bincount(condition[keep], minlength=1)[condition] == 1
+        leave_out(single & ~is_control, "conditions with a single cell", condition)
     if (group[keep] < 0).any():
         notes.append(f"{(group[keep] < 0).sum():,} cells without a batch count as a batch of their own")
         group, groups = np.where(group < 0, len(groups), group), [*groups, "missing"]
@@ -838,15 +763,16 @@ def load(path, say=say, **options):
     if matrix.offset and matrix.dtype.kind == "f" and not matrix.counts and not matrix.choose:
         return dataset
     say(f"{path}: {matrix.key} is packed into a temporary file; `python data.py pack` once saves this")
-    with tempfile.TemporaryDirectory(prefix="ptrag-", ignore_cleanup_errors=True) as folder:
-        copy = os.path.join(folder, "packed.h5")
+    folder = tempfile.TemporaryDirectory(prefix="ptrag-", ignore_cleanup_errors=True)
+    with folder:
+        copy = os.path.join(folder.name, "packed.h5")
         rows = write_packed(dataset, copy, say)
         with open_file(copy) as file:
             packed = open_matrix(file, "obsm/X_hvg")
         packed.counts, packed.predicted = False, matrix.predicted
         packed.matrix                                   # mapped now: the file has no name any more
     if os.path.exists(copy):                            # Windows removes no mapped file: at the end, then
-        atexit.register(lambda: (packed.matrix._mmap.close(), shutil.rmtree(folder, True)))
+        atexit.register(lambda: (packed.matrix._mmap.close(), folder.cleanup()))
     codes = {name: getattr(dataset, name)[rows] for name in ("cell_line", "perturbation", "gem_group")}
     return replace(dataset, expression=packed, **codes)
 
@@ -881,22 +807,18 @@ def write_packed(dataset, output, say, inputs=()):
         columns = highly_variable(matrix, matrix.choose)
         notes.append(f"the {len(columns):,} most variable of {len(dataset.genes):,} genes chosen")
         dataset.genes = [dataset.genes[column] for column in columns]
-    totals = matrix.totals and np.concatenate([block.sum(1) for _, block in row_blocks(matrix.totals)])
 
     def blocks():
-        started, said, impossible = time.monotonic(), 0.0, 0
-        for begin, block, factors in scaled_blocks(matrix, totals):
+        started, said = time.monotonic(), 0.0
+        for begin, block, factors in row_blocks(matrix):
             done, here = begin + len(block), np.flatnonzero(place[begin:begin + len(block)] >= 0)
             block = block[:, columns] if len(here) == len(block) else block[here][:, columns]
             block = np.log1p(block * factors[here]) if matrix.counts else block
             yield place[begin + here], {"obsm/X_hvg": block}
-            impossible += 0 if matrix.counts else (block > np.log1p(TARGET_SUM) + 1e-3).sum()
             if time.monotonic() > said + 1 or done == len(place):
                 said = time.monotonic()
-                rate = done / (said - started + 1e-9)
-                say(f"packing: {done:,} of {len(place):,} cells, {rate:,.0f} cells/s")
-        if impossible:
-            notes.append(f"{impossible:,} values are above 9.21, log1p of all 10,000 counts of a cell")
+                speed = done / (said - started + 1e-9)
+                say(f"packing: {done:,} of {len(place):,} cells, {speed:,.0f} cells/s")
 
     obs = {name: texts((getattr(dataset, name)[rows], getattr(dataset, f"{name}s"))).tolist()
            for name in ("cell_line", "perturbation", "gem_group")}
@@ -924,10 +846,7 @@ def align_genes(dataset, wanted, missing_share=0.0):
     if numbered:
         notes.append(f"{dataset.name}: genes are numbered, taken in the order of those needed")
     columns = np.array([column.get(gene, -1) for gene in wanted], int)      # -1: the column of zeros put last
-
-    def aligned(rows):
-        return np.pad(dataset.expression[rows], ((0, 0), (0, 1)))[:, columns]
-    return aligned, notes
+    return (lambda rows: np.pad(dataset.expression[rows], ((0, 0), (0, 1)))[:, columns]), notes
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -989,25 +908,19 @@ def split_file(path, conditions, notes):
         for key, rule in [*zeroshot.items(), *fewshot.items()]:
             lists = rule if isinstance(rule, dict) else {rule: []}
             names = [name for names in lists.values() for name in dict.fromkeys(names)]
-            if set(lists) - {"train", "val", "test"} or set(map(type, lists.values())) - {list}:
-                raise ValueError(f"{key}: expected train, val or test, or a list of perturbations for each")
-            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-                raise ValueError(f"{key}: perturbations must be text, each in one part")
             owner, _, line = key.lower().partition(".")     # found by the line's name, whatever the dataset's
-            if not line or line in rules:
-                raise ValueError(f"{key}: each cell line must be named once, as dataset.line")
+            if (not line or line in rules or {*lists} - {"train", "val", "test"} or len({*names}) < len(names)
+                    or {*map(type, lists.values())} - {list} or {*map(type, names)} - {str}):
+                raise ValueError(f"{key}: expected dataset.line, once, and train, val or test, or for each a "
+                                 "list of perturbations that stand in no other")
             others = rule if isinstance(rule, str) else "train" if owner in training else None
             rules[line] = {None: others} | {name: part for part in lists for name in lists[part]}
-        if not (rules or training):
-            raise ValueError("no section [training], [zeroshot] or [fewshot]")
     known, lines = set(conditions), {line for line, _ in conditions}
-    for line in rules:
-        unknown = [name for name in rules[line] if name and (line, name) not in known]
-        if unknown and line in lines:
-            notes.append(f"{path}: {len(unknown)} perturbations listed for {line} are not in the data: "
-                         f"{listed(unknown)}")
-    if unknown := [line for line in rules if line not in lines]:
-        notes.append(f"{path}: {len(unknown)} cell lines are not in the data: {listed(unknown)}")
+    unknown = [line for line in rules if line not in lines]
+    unknown += [f"{name} in {line}" for line in rules if line in lines for name in rules[line]
+                if name and (line, name) not in known]
+    if unknown:
+        notes.append(f"{path}: {len(unknown)} of what it lists are not in the data: {listed(unknown)}")
     rules = {line: {None: "train" if training else None} for line in lines} | rules
     parts = [rules[line].get(name, rules[line][None]) for line, name in conditions]
     if None in parts:
@@ -1124,29 +1037,25 @@ def simulate(seed=0, cell_lines=4, perturbations=80, genes=200, cells=40, contro
     group_effect = rng.normal(0.0, 0.1, (cell_lines, groups, genes))
     dispersion = rng.gamma(4.0, 0.75, genes) + 0.5
 
-    sizes = [controls] + [cells] * perturbations
-    perturbation = np.tile(np.repeat(np.arange(perturbations + 1, dtype=np.int32), sizes), cell_lines)
-    cell_line = np.repeat(np.arange(cell_lines, dtype=np.int32), sum(sizes))
-    gem_group = rng.integers(0, groups, len(cell_line)).astype(np.int32)
-    expression = np.empty((len(cell_line), genes), np.float32)
+    codes = np.repeat(np.arange(perturbations + 1, dtype=np.int32), [controls] + [cells] * perturbations)
+    gem_group = rng.integers(0, groups, (cell_lines, len(codes))).astype(np.int32)
+    expression = np.empty((cell_lines, len(codes), genes), np.float32)
     for line in range(cell_lines):                      # a line at a time keeps the draws in float64 small
-        here = np.flatnonzero(cell_line == line)
         shift = -strength[:, None] * (membership[:perturbations] * use[line]) @ loading  # (P - 1, G)
         shift[np.arange(perturbations)[:, None] == measured] -= 1.5         # the target's own knock-down
         shift = np.vstack([np.zeros(genes), shift])
-        log_mean = baseline[line] + group_effect[line][gem_group[here]] + shift[perturbation[here]]  # (n, G)
-        depth = 2000.0 * rng.lognormal(0.0, 0.3, len(here)) / np.exp(baseline[line]).sum()
-        mean = np.exp(log_mean) * depth[:, None]
-        counts = rng.poisson(rng.gamma(dispersion, mean / dispersion))
-        expression[here] = np.log1p(counts * (TARGET_SUM / np.maximum(counts.sum(1, keepdims=True), 1)))
+        log_mean = baseline[line] + group_effect[line, gem_group[line]] + shift[codes]  # (cells of a line, G)
+        depth = 2000.0 * rng.lognormal(0.0, 0.3, len(codes)) / np.exp(baseline[line]).sum()
+        counts = rng.poisson(rng.gamma(dispersion, np.exp(log_mean) * depth[:, None] / dispersion))
+        expression[line] = np.log1p(counts * (TARGET_SUM / np.maximum(counts.sum(1, keepdims=True), 1)))
 
     view = membership @ rng.normal(0.0, 1.0, (programs, embedding_dim))
     embeddings = view + 0.5 * view.std() * rng.normal(0.0, 1.0, view.shape)  # (N, E)
-    letters = ["", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    lines = [f"sim{letters[line // 26]}{letters[1 + line % 26]}" for line in range(cell_lines)]
+    lines = [f"sim{chr(ord('A') + line)}" for line in range(cell_lines)]
     return Dataset("simulated", [names[gene] for gene in measured], lines,
                    ["non-targeting", *names[:perturbations]], [f"gem{group + 1}" for group in range(groups)],
-                   expression, cell_line, perturbation, gem_group, names, embeddings.astype(np.float32),
+                   expression.reshape(-1, genes), np.arange(cell_lines, dtype=np.int32).repeat(len(codes)),
+                   np.tile(codes, cell_lines), gem_group.ravel(), names, embeddings.astype(np.float32),
                    ["simulated data, not measured cells"])
 
 
@@ -1167,10 +1076,7 @@ def fingerprint(dataset, split):
 
 
 def claim(name, stem):
-    """Makes the folder runs/NAME, without a name the first of STEM-1, STEM-2, ... that is free.
-
-    Of two runs at once one has it. `DataError` if it exists.
-    """
+    """Makes runs/NAME or the first free of runs/STEM-1, ..., for one run alone. `DataError` if it exists."""
     for new in [name] if name else (f"{stem}-{number}" for number in itertools.count(1)):
         folder = os.path.join("runs", new)
         with contextlib.suppress(FileExistsError):      # NAME may have stopped before it wrote anything
@@ -1194,9 +1100,8 @@ def info(path, say=say, **options):
     say(f"conditions    {len(conditions):,} (cell line x perturbation) of {sizes.min():,} to {sizes.max():,} "
         f"cells, median {np.median(sizes):,.0f}")
     for number, line in enumerate(dataset.cell_lines):
-        cells, controls = (dataset.cell_line == number).sum(), len(dataset.cells(number, 0))
-        own = sum(first == number for first, _ in conditions)
-        say(f"  {line}: {cells:,} cells, {controls:,} controls, {own:,} perturbations")
+        say(f"  {line}: {(dataset.cell_line == number).sum():,} cells, {len(dataset.cells(number, 0)):,} "
+            f"controls, {sum(first == number for first, _ in conditions):,} perturbations")
     say(f"embeddings    {f'{genes:,} genes x {width}' if genes else 'none; give them with --genept'}")
     for rule in [f"cell-line:{line}" for line in dataset.cell_lines] + ["perturbation:0"]:
         try:
@@ -1238,10 +1143,5 @@ def command_line(argv):
     say(f"wrote {options['output']} ({os.path.getsize(options['output']):,} bytes)")
 
 
-def main(argv=None):
-    """The command line: its exit status, 2 for bad input."""
-    return status_of(command_line, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of(command_line, sys.argv[1:]))

@@ -52,17 +52,15 @@ def edited(path, change):
     """The file after `change`: a function of it, or a dict from a member (None removes it), from (member,
     attribute) or from (member, index) to what is written there."""
     with h5py.File(path, "a") as file:
-        for key, value in {} if callable(change) else change.items():
+        change = change(file) if callable(change) else change
+        for key, value in change.items() if isinstance(change, dict) else ():
             if isinstance(key, tuple):
                 node, place = file[key[0]], key[1]
                 (node.attrs if isinstance(place, str) else node)[place] = value
-                continue
-            if key in file:
-                del file[key]
-            if value is not None:
-                file[key] = value
-        if callable(change):
-            change(file)
+            else:
+                file.pop(key, None)
+                if value is not None:
+                    file[key] = value
     return path
 
 
@@ -116,32 +114,29 @@ def compound(file):
     names, obs = sorted(set(labels()["gene"])), labels()
     rows = zip("c" * 60, map(names.index, obs["gene"]), obs["cell_line"], map(int, obs["gem_group"]))
     kinds = [("index", "S8"), ("gene", np.int8), ("cell_line", "S8"), ("gem_group", np.int64)]
-    del file["obs"], file["var"]
-    file["obs"], file["uns/gene_categories"] = np.array(list(rows), kinds), names
-    file["var"] = np.array(GENES, "S8").view([("index", "S8")])
+    return {"obs": np.array(list(rows), kinds), "uns/gene_categories": names,
+            "var": np.array(GENES, "S8").view([("index", "S8")])}
 
 
 def obs_stored(layout):
-    """For `edited`: the columns of obs as one of the later versions stores them."""
+    """For `edited`: the columns of obs as one of the versions after it stores them, but for the last."""
     def store(file):
         for name, values in labels().items():
             column, names, mask = f"obs/{name}", sorted(set(values)), np.zeros(60, bool)
             codes = np.array([names.index(value) for value in values], np.int8)
-            categories = f"/{'uns' if layout == 'reference' else 'obs'}/__categories/{name}"
+            old = f"/{'uns' if layout == 'reference' else 'obs'}/__categories/{name}"
             del file[column]
             for key, value in {
-                "categorical": {f"{column}/codes": codes, f"{column}/categories": names},
                 "nullable categories": {f"{column}/codes": codes, f"{column}/categories/values": names,
                                         f"{column}/categories/mask": mask[:len(names)]},
-                "__categories": {column: codes, categories: names},
-                "reference": {column: codes, categories: names},
+                "__categories": {column: codes, old: names}, "reference": {column: codes, old: names},
                 "nullable": {f"{column}/values": np.int64(values) if name == "gem_group" else values,
                              f"{column}/mask": mask},
                 "strings": {column: values}, "fixed strings": {column: np.array(values, "S")},
             }[layout].items():
                 file[key] = value
             if layout == "reference":
-                file[column].attrs["categories"] = file[categories].ref
+                file[column].attrs["categories"] = file[old].ref
     return store
 
 
@@ -154,8 +149,8 @@ LAYOUTS = {
     "csr in reverse": {"kind": "csr", "direction": -1}, "csc in reverse": {"kind": "csc", "direction": -1}}
 CHANGES = {
     **{layout: stored(counts(), **options) for layout, options in LAYOUTS.items()}, "compound": compound,
-    **{layout: obs_stored(layout) for layout in ("categorical", "nullable categories", "__categories",
-                                                 "reference", "nullable", "strings", "fixed strings")}}
+    **{layout: obs_stored(layout) for layout in (
+        "nullable categories", "__categories", "reference", "nullable", "strings", "fixed strings")}}
 
 
 @pytest.mark.parametrize("block", [data.BLOCK_BYTES, 400])
@@ -197,10 +192,6 @@ FILES = {   # the matrix and obs written, what is edited, options; all else is w
     "neither cell line nor batch": {
         "obs": GENE, "cell_lines": ["all"], "gem_groups": ["all"], "conditions": [(0, 1), (0, 2), (0, 3)],
         "notes": ["no cell line column", "no batch column"]},
-    "all columns missing": {
-        "obs": {"target": GENE["gene"]}, "options": {"cell_line_column": "line", "batch_column": "group"},
-        "error": "no cell line column line;.*no perturbation column recognised.*no batch column group;"
-                 ".*there are target"},
     "whole-number batches, one missing": {
         "obs": labels() | {"gem_group": BATCHES}, "matrix": LOGS, "notes": ["1 cells without a batch"],
         "gem_groups": ["0", "1", "2", "missing"], "gem_group": np.nan_to_num(BATCHES, nan=3).tolist()},
@@ -210,7 +201,7 @@ FILES = {   # the matrix and obs written, what is edited, options; all else is w
     "X_hvg with names, mapped": {
         "edit": {"obsm/X_hvg": LOGS[:, ::3], "var/highly_variable": np.arange(12) % 3 == 0},
         "genes": GENES[::3], "exactly": LOGS[:, ::3], "mapped": True},
-    "counts in X_hvg, scaled by all genes": {"edit": {"obsm/X_hvg": counts()[:, :5]}, "holds": LOGS[:, :5]},
+    "counts in X_hvg: X has their totals": {"edit": {"obsm/X_hvg": counts()[:, :5]}, "holds": LOGS},
     "logarithms": {"matrix": LOGS, "exactly": LOGS, "notes": ["X holds log-normalised"]},
     "counts": {"mapped": False, "notes": ["X holds counts"]},
     "Ensembl ids and symbols": {
@@ -221,10 +212,6 @@ FILES = {   # the matrix and obs written, what is edited, options; all else is w
         "matrix": rescaled(scale, columns), text: ["not on the scale of 10,000"]}
         for columns, scale, text in ((12, 1, "silent"), (12, 3, "notes"), (12, 0.3, "notes"),
                                      (6, 1, "silent"), (6, 3, "notes"), (6, 0.3, "silent"))},
-    **{f"{columns} genes x {scale}, chunked": {
-        "matrix": LOGS[:, :columns], "edit": stored(rescaled(scale, columns), chunks=(7, 5)),
-        "notes" if rescaled(scale, columns).max() > 9.2115 else "silent": ["values are above 9.21"]}
-        for columns in (6, 12) for scale in (0.3, 1, 3)},
     **{f"unused cells, {kind}": {
         "matrix": matrix, "obs": UNUSED, "perturbations": ["non-targeting", "AAA", "BBB", "CCC"],
         "cell_lines": ["K562", "RPE1"], "conditions": [(line, p) for line in (0, 1) for p in (1, 2, 3)],
@@ -267,7 +254,7 @@ def test_what_cannot_be_mapped_is_packed_once_said_and_leaves_no_file(tmp_path, 
     assert "data.py pack" in " ".join(lines) and not os.listdir(temporary)
     assert dataset.name == str(path) and isinstance(dataset.expression.matrix, np.memmap)
     edited(path, stored(np.where(np.eye(60, 12) > 0, np.nan, 1.5), chunks=True))
-    with refused(match="x.h5ad: X holds values that are not finite"):
+    with refused(match="x.h5ad: X holds values from nan to nan"):
         load(path)
     assert not os.listdir(temporary)
 
@@ -437,14 +424,11 @@ def sizes(cut):
     return len(cut.train), len(cut.validation), len(cut.test)
 
 
-def test_cells_and_conditions_agree_with_the_labels(dataset):
+def test_every_condition_is_in_one_part_and_the_control_in_none_and_has_the_cells_with_its_labels(dataset):
     for line, p in np.ndindex(3, 41):
         here = (dataset.cell_line == line) & (dataset.perturbation == p)
         assert np.array_equal(dataset.cells(line, p), np.flatnonzero(here))
     assert dataset.conditions() == [(line, p) for line in range(3) for p in range(1, 41)]
-
-
-def test_every_condition_is_in_one_part_and_the_control_in_none(dataset):
     for rule in ("cell-line:simB", "cell-line:SIMB", "perturbation:0", "perturbation:1", "perturbation:2"):
         cut = data.split(dataset, rule)
         assert sorted(cut.train + cut.validation + cut.test) == dataset.conditions()    # without controls
@@ -481,14 +465,14 @@ def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(dataset, t
                  'val = ["GENE001", "GENE002"]\ntest = ["GENE003", "ABSENT"]\n')
     assert cut.validation == [(1, 1), (1, 2)] and sizes(cut) == (40 + 37, 2, 41)
     assert cut.test == [(1, 3), *((2, p) for p in range(1, 41))]
-    assert noted(cut, "1 perturbations listed for simb are not in the data: ABSENT",
-                 "1 cell lines are not in the data: nowhere") and not noted(cut, "no part")
+    assert noted(cut, "2 of what it lists are not in the data: nowhere, ABSENT in simb")
+    assert not noted(cut, "no part")
     assert sizes(cut_of('[zeroshot]\n"one.simA" = "test"\n"one.simB" = "train"\n')) == (40, 0, 40)
     cut = cut_of('[fewshot."one.simB"]\ntrain = ["GENE001"]\nval = ["GENE002"]\ntest = ["GENE003"]\n')
     assert sizes(cut) == (1, 1, 1) and "117 conditions belong to no part" in cut.notes[0]
 
 
-FILE = r"^\S+s\.toml: |leaves nothing to test"
+FILE = r"^\S+s\.toml: |leaves nothing to t"
 WRONG_SPLITS = {
     "cell-line:hela": "simA, simB, simC", "perturbation:3": "0, 1 and 2", "random": "cell-line:NAME",
     "nowhere.toml": "no such file", "not toml [": FILE, "[other]\n": FILE, "training = 3\n": FILE,
@@ -548,8 +532,8 @@ def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups(
 def test_a_set_depends_on_seed_step_and_number_alone_drawn_ahead_or_not(dataset):
     sampler, other_seed = (data.SetSampler(dataset, dataset.conditions(), 8, seed) for seed in (5, 6))
     whole, half = sampler.draw(7, range(6)), sampler.draw(7, [4, 5])
-    np.testing.assert_array_equal(whole.target[4:], half.target)
-    np.testing.assert_array_equal(whole.control[4:], half.control)
+    for name in ("target", "control"):
+        np.testing.assert_array_equal(getattr(whole, name)[4:], getattr(half, name))
     for other in (sampler.draw(8, range(6)), other_seed.draw(7, range(6))):
         assert not np.array_equal(whole.target, other.target)
     for step, batch in zip(range(3, 7), data.prefetch(sampler, range(3, 7), range(2)), strict=True):
@@ -594,12 +578,11 @@ def test_evaluation_cells_are_capped_paired_and_rounded_up():
 def test_the_simulation_comes_from_the_seed_alone_and_is_quick():
     started = time.perf_counter()
     first = data.simulate(seed=3)
-    assert time.perf_counter() - started < 3.0
+    assert time.perf_counter() - started < 3.0 and first.name == "simulated" and noted(first, "simulated")
     second = data.simulate(seed=3)
-    np.testing.assert_array_equal(first.expression, second.expression)
-    np.testing.assert_array_equal(first.embeddings, second.embeddings)
+    for name in ("expression", "embeddings"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     assert not np.array_equal(first.expression, data.simulate(seed=4).expression)
-    assert first.name == "simulated" and noted(first, "simulated")
 
 
 def test_simulated_responses_are_strong_or_weak_and_often_alike_where_embeddings_are():
@@ -628,8 +611,7 @@ def test_written_anndata_reads_back_in_any_order_of_rows(tmp_path):
     columns = data.read_obs(path, ["gene", "score"])
     assert list(columns["gene"]) == ["a", "b", "a"] and list(columns["score"]) == ["0", "0.5", "1"]
     with h5py.File(path) as file:
-        np.testing.assert_array_equal(file["X"][:], [[3, 2], [1.5, 2], [0, 2]])
-        assert file["layers/mean"].shape == (3, 2)
+        assert file["X"][:].tolist() == [[3, 2], [1.5, 2], [0, 2]] and file["layers/mean"].shape == (3, 2)
         assert file["uns/deep/n"][()] == 3 and file["uns/note"][()] == b"simulated"
         assert file["X"].chunks is None and file["X"].dtype == np.float32
     for genes, wrong, cells in (["X1", "X2"], ["a"], [[1, 2], [3, 4]]), (["X1"], ["a", "b"], [[1], [2], [3]]):
