@@ -173,18 +173,19 @@ def discrimination(means, profiles, truth, excluded, cosine=False):
 
 @dataclass
 class Line:
-    """What the conditions of a cell line are measured against; first axis of 2: ALL_CELLS, EQUAL_COUNTS.
-    At equal counts the mean of one half of the control cells is subtracted from the real cells, that of the
-    other half from what is set against them: a mean both share would correlate them by its noise."""
-    control: Moments         # of all its real control cells
-    centre: torch.Tensor     # (G,) PCA: the mean of the evaluated perturbed cells
-    axes: torch.Tensor       # (G, d)
-    profiles: np.ndarray     # (2, N, G) float32 mean of the real cells of each condition: of all, of half A
-    subtracted: np.ndarray   # (2, 2, G) float64 control mean that real, and predicted, means are less
+    """What the conditions of a cell line are measured against, over all cells or at equal counts. There the
+    mean of one half of the control cells is subtracted from the real cells, that of the other half from what
+    is set against them: a mean both share would correlate them by its noise."""
+    control: Moments               # of all its real control cells
+    centre: torch.Tensor           # (G,) PCA: the mean of the evaluated perturbed cells
+    axes: torch.Tensor             # (G, d)
+    profiles: np.ndarray           # (N, G) float32 mean of each condition's real cells, or of their half A
+    real_control: np.ndarray       # (G,) float64 mean subtracted from real profiles
+    predicted_control: np.ndarray  # (G,) and from predicted ones
 
-    def population(self, cells):
-        """What is measured of cells (m, G): points in PCA space (m, d) and mean profile (G,), float32."""
-        return (torch.as_tensor(cells) - self.centre) @ self.axes, np.float32(cells.mean(0, dtype=np.float64))
+    def project(self, cells):
+        """Cells (m, G) as points in PCA space (m, d)."""
+        return (torch.as_tensor(cells) - self.centre) @ self.axes
 
 
 def point_metrics(real, predicted):
@@ -207,39 +208,36 @@ def point_metrics(real, predicted):
     return {name: found.double().numpy() + nothing for name, found in value.items()}
 
 
-def mean_metrics(real, means, line, comparison=ALL_CELLS):
+def mean_metrics(real, means, line):
     """Metrics of mean profiles, `Moments` of the real cells against predicted means (P, G): name -> (P,).
     *_deg: over differentially expressed genes, nan with fewer than two; pearson_delta: of means less the
     control's, or that of the line's perturbed cells, which leaves what tells perturbations apart (Systema,
     Vinas Torne et al. 2025); mae, mse: averaged over genes."""
     means, perturbed = means.astype(np.float64), line.centre.numpy()
-    real_control, control = line.subtracted[comparison]
     genes = np.flatnonzero(differentially_expressed(real, line.control))
     return {
         "n_deg": np.full(len(means), float(len(genes))),
         "pearson_deg": pearson(means[:, genes], real.mean[genes]),
         "spearman_deg": pearson(np.stack([ranks(row[genes]) for row in means]), ranks(real.mean[genes])),
-        "pearson_delta": pearson(means - control, real.mean - real_control),
+        "pearson_delta": pearson(means - line.predicted_control, real.mean - line.real_control),
         "pearson_delta_perturbed_mean": pearson(means - perturbed, real.mean - perturbed),
         "mae": np.abs(means - real.mean).mean(1),
         "mse": ((means - real.mean) ** 2).mean(1),
     }
 
 
-def condition_rows(real_cells, populations, line, comparison, truth, excluded):
-    """Every metric of every population of one condition: (P, M) float64.
-    real_cells: (n, G); populations: P results of `Line.population`, those of equal size are compared at once;
-    truth, excluded: see `discrimination`."""
+def condition_rows(real, populations, line, truth, excluded):
+    """Every metric of every population of one condition, P of cells (m, G) against real cells (n, G): (P, M)
+    float64. Populations of equal size are compared at once. truth, excluded: see `discrimination`."""
     result = np.full((len(populations), len(COLUMNS)), np.nan)
-    real_points, real = line.population(real_cells)[0], moments([real_cells])
-    profiles, (real_control, control) = line.profiles[comparison], np.float32(line.subtracted[comparison])
-    for size in {len(points) for points, _ in populations}:
-        chosen = [i for i, (points, _) in enumerate(populations) if len(points) == size]
-        points, means = zip(*(populations[i] for i in chosen))
-        points, means = torch.stack(points), np.stack(means)  # (P', m, d), (P', G)
-        value = point_metrics(real_points, points) | mean_metrics(real, means, line, comparison)
-        value["discrimination"] = discrimination(means, profiles, truth, excluded)
-        deltas = means - control, profiles - real_control
+    real_points, of_real, sizes = line.project(real), moments([real]), [*map(len, populations)]
+    for size in set(sizes):
+        chosen = np.flatnonzero(np.equal(sizes, size))
+        points = torch.stack([line.project(populations[i]) for i in chosen])  # (P', m, d)
+        means = np.float32([populations[i].mean(0, dtype=np.float64) for i in chosen])  # (P', G)
+        value = point_metrics(real_points, points) | mean_metrics(of_real, means, line)
+        value["discrimination"] = discrimination(means, line.profiles, truth, excluded)
+        deltas = means - np.float32(line.predicted_control), line.profiles - np.float32(line.real_control)
         value["discrimination_cosine"] = discrimination(*deltas, truth, excluded, cosine=True)
         result[chosen] = np.stack([value[name] for name in COLUMNS], axis=1)
     return result
@@ -292,16 +290,10 @@ def names_of(dataset, condition):
     return dataset.cell_lines[condition[0]], dataset.perturbations[condition[1]]
 
 
-def seeded_subset(names, count, size, seed):
-    """`size` of `count` numbers, drawn from seed and names; of count // 2, the rest is the other one."""
-    generator = np.random.default_rng([seed, zlib.crc32(":".join(names).encode())])
-    return np.sort(generator.permutation(count)[count - size:])
-
-
-def halves(names, count, seed):
-    """Numbers of half A (the larger by one where the count is odd) and half B of the cells of a condition."""
-    b = seeded_subset(names, count, count // 2, seed)
-    return np.setdiff1d(np.arange(count), b), b
+def divide(names, cells, size, seed):
+    """Cells of a condition, or row numbers, in two: all but `size`, and those, drawn from seed and names."""
+    order = np.random.default_rng([seed, zlib.crc32(":".join(names).encode())]).permutation(len(cells))
+    return [cells[np.sort(part)] for part in np.split(order, [len(cells) - size])]
 
 
 def control_moments(dataset, lines, seed=0):
@@ -310,71 +302,72 @@ def control_moments(dataset, lines, seed=0):
     found = {}
     for line in set(lines):
         rows = dataset.cells(line, 0)
-        cut = halves(names_of(dataset, (line, 0)), len(rows), seed)  # a single cell is both halves
-        found[line] = of(rows), np.stack([of(rows[half] if len(half) else rows).mean for half in cut])
+        halves = divide(names_of(dataset, (line, 0)), rows, len(rows) // 2, seed)
+        found[line] = of(rows), [of(half if len(half) else rows).mean for half in halves]  # one cell is both
     return found
 
 
 def describe_line(dataset, conditions, control, pick, seed):
-    """`Line` of the conditions of a cell line; pick: condition -> rows of real and of control cells."""
-    means, (of_all, of_halves) = [], control
+    """`Line` of a cell line's conditions over all cells, and at equal counts, where real cells are half A of
+    each condition; pick: condition -> rows of real and of control cells."""
+    profiles, (of_all, of_halves) = [], control
 
     def real_cells():
         for condition in conditions:
             cells = dataset.expression[pick(condition)[0]]
-            half_a, _ = halves(names_of(dataset, condition), len(cells), seed)
-            means.append([part.mean(0, dtype=np.float64) for part in (cells, cells[half_a])])
+            half_a, _ = divide(names_of(dataset, condition), cells, len(cells) // 2, seed)
+            profiles.append([part.mean(0, dtype=np.float64) for part in (cells, half_a)])
             yield cells
 
-    pca = fit_pca(real_cells())
-    return Line(of_all, *pca, np.float32(means).swapaxes(0, 1), np.stack([[of_all.mean] * 2, of_halves]))
+    centre, axes = fit_pca(real_cells())
+    profiles = np.float32(profiles).swapaxes(0, 1)  # (2, N, G)
+    subtracted = [of_all.mean] * 2, of_halves
+    return [Line(of_all, centre, axes, means, *less) for means, less in zip(profiles, subtracted)]
 
 
 def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures anchors, baselines and contenders on every condition, a cell line after the other: `Results`.
     baselines: label -> condition -> response (G,); controls: see `control_moments`."""
-    found, C = {}, len(conditions)
+    found, C = [], len(conditions)
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
     threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
-    for code in sorted({line for line, _ in conditions}):
-        of_line = [condition for condition in conditions if condition[0] == code]
-        line = describe_line(dataset, of_line, controls[code], pick, seed)
-        one = functools.partial(measure_condition, dataset, line, contenders, baselines, pick, seed)
+    for code, of_line in itertools.groupby(sorted(conditions), lambda condition: condition[0]):
+        of_line = list(of_line)
+        lines = describe_line(dataset, of_line, controls[code], pick, seed)
+        one = functools.partial(measure_condition, dataset, lines, contenders, baselines, pick, seed)
         for measured in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
-            found[measured.names] = measured
+            found.append(measured)
             if sys.stdout.isatty():
                 end = "" if len(found) < C else "\r\x1b[K"
                 print(f"\revaluating condition {len(found)} of {C}", end=end, flush=True)
     notes = []
     if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
         notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
-    if impossible := sum(measured.impossible for measured in found.values()):
+    if impossible := sum(measured.impossible for measured in found):
         notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
-    return Results([found[names_of(dataset, condition)] for condition in conditions], notes)
+    return Results(found, notes)
 
 
-def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, condition):
+def measure_condition(dataset, lines, contenders, baselines, pick, seed, truth, condition):
     """`Measured` of a condition, number `truth` of its line; the others: see `measure`, `describe_line`."""
-    names = names_of(dataset, condition)
+    names, (over_all, at_equal) = names_of(dataset, condition), lines
     real, control = (dataset.expression[rows] for rows in pick(condition))
     excluded = np.isin(dataset.genes, names[1].split("+"))
     predicted = [contender.cells(condition) for contender in contenders]
     shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
     populations = [control, *shifted, *predicted]
-    compare = lambda comparison, real, populations: condition_rows(
-        real, list(map(line.population, populations)), line, comparison, truth, excluded)
     values = np.full((2, 2 + len(populations), len(COLUMNS)), np.nan)
-    values[ALL_CELLS, 2:] = compare(ALL_CELLS, real, populations)
-    half_a, half_b = halves(names, len(real), seed)
+    values[ALL_CELLS, 2:] = condition_rows(real, populations, over_all, truth, excluded)
+    half_a, half_b = divide(names, real, len(real) // 2, seed)
     if n := min([len(half_b), *map(len, predicted)]):
-        ceiling = real[half_b[:n]]
+        ceiling = half_b[:n]
         collapse = np.repeat(np.float32(ceiling.mean(0, keepdims=True, dtype=np.float64)), n, axis=0)
-        equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
-        values[EQUAL_COUNTS] = compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
+        equal = [ceiling, collapse, *(divide(names, cells, n, seed)[1] for cells in populations)]
+        values[EQUAL_COUNTS] = condition_rows(half_a, equal, at_equal, truth, excluded)
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
     labels = [contender.label for contender in contenders]
     pictured = control, real, predicted[labels.index(reference_of(labels) or labels[-1])]
-    points = [line.population(cells[:60])[0][:, :2].numpy().copy() for cells in pictured]
+    points = [over_all.project(cells[:60])[:, :2].numpy().copy() for cells in pictured]
     return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))), points,
                     sum(int((cells > HIGHEST).sum()) for cells in predicted))
 
@@ -428,34 +421,34 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
     training, validation: condition -> measured response (G,). Means: of the line's training conditions; of
     the gene's in the other lines (the line's where it has none); of the line's `top_k` training genes with
     the most similar embeddings. Ridge regression, its penalty chosen on validation conditions."""
-    embeddings, trained = dataset.perturbation_embeddings(), {line for line, _ in training}
+    embeddings, means, elsewhere, nearest, learned = dataset.perturbation_embeddings(), {}, {}, {}, {}
     sets = {line: training_set(training, line) for line in sorted({line for line, _ in conditions})}
-    penalty = choose_penalty(embeddings, training, {c: r for c, r in validation.items() if c[0] in sets})
+    validation = {condition: r for condition, r in validation.items() if condition[0] in sets}
+    penalty = choose_penalty(embeddings, training, validation)
     fewest = min(len(genes) for genes, _ in sets.values())
     k = min(top_k, fewest - 1)  # a gene is not its own neighbour
-    means, elsewhere, nearest, learned = {}, {}, {}, {}
     for line, (genes, responses) in sets.items():
         mean, predict = responses.mean(0), ridge(embeddings[genes], responses, penalty)
         neighbours, _ = ptrag.retrieve(torch.tensor(embeddings), torch.tensor(genes), k)
         for p in [p for code, p in conditions if code == line]:
-            others = [response for (code, q), response in training.items() if q == p and code != line]
             means[line, p], learned[line, p] = mean, predict(embeddings[[p]])[0]
-            elsewhere |= {(line, p): np.mean(others, axis=0)} if others else {}
-            nearest |= {(line, p): responses[np.isin(genes, neighbours[p])].mean(0)} if k else {}
-    borrowing = data.listed(dataset.cell_lines[line] for line in sets if line not in trained)
-    missing = f"{len(conditions) - len(elsewhere)} of {len(conditions)} conditions"
-    penalised = f"ridge penalty {penalty:g} (times the mean eigenvalue)"
-    notes = {
-        f"{penalised}, chosen on {len(validation)} conditions": True,
-        f"gene in the other lines: {missing} fall back on the line's mean":
-            0 < len(elsewhere) < len(conditions),
-        "no row for the gene's response in the other lines: it is not trained there": not elsewhere,
-        f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes": k < top_k,
-        f"no training conditions in {borrowing}: its baselines use the other lines": borrowing}
+            if others := [r for (code, q), r in training.items() if q == p and code != line]:
+                elsewhere[line, p] = np.mean(others, axis=0)
+            if k:
+                nearest[line, p] = responses[np.isin(genes, neighbours[p])].mean(0)
+    notes = [f"ridge penalty {penalty:g} (times the mean eigenvalue), chosen on {len(validation)} conditions"]
+    if not elsewhere:
+        notes.append("no row for the gene's response in the other lines: it is not trained there")
+    elif missing := len(conditions) - len(elsewhere):
+        notes.append(f"gene in the other lines: {missing} of {len(conditions)} conditions fall back on the "
+                     "line's mean")
+    if k < top_k:
+        notes.append(f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes")
+    if borrowing := [dataset.cell_lines[line] for line in sets if line not in {code for code, _ in training}]:
+        notes.append(f"no training conditions in {data.listed(borrowing)}: its baselines use the other lines")
     found = {"line's mean response": means, "gene in the other lines": elsewhere and means | elsewhere,
              f"{k} nearest genes": nearest, "ridge on embeddings": learned}
-    return ({label: response for label, response in found.items() if response},
-            [note for note, occurs in notes.items() if occurs])
+    return {label: response for label, response in found.items() if response}, notes
 
 
 # -------------------------------------------------------------------------------- significance and summary
@@ -867,39 +860,38 @@ def write_predictions(folder, models, dataset, split, config):
     data.write_csv(folder / "retrieval.csv", RETRIEVAL_COLUMNS, report)
 
 
-def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
+def read_predictions(path, dataset, max_cells, seed, **columns):
     """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed, one where
     there are no such columns; the names of their conditions; notes. columns: see `data.load`."""
-    predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
+    predicted = data.load(path, predicted=True, need_embeddings=False, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
     codes, contenders = {names_of(predicted, pair): pair for pair in predicted.conditions()}, []
-    obs = {name: np.full(len(predicted.cell_line), value)
-           for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", ""))}
+    obs = dict(method="prediction", seed="", nothing_selected="")
+    obs = {name: np.full(len(predicted.cell_line), value, object) for name, value in obs.items()}
     with contextlib.suppress(data.DataError):
         obs = data.read_obs(path, list(obs))
-    method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
-    model = method * len(method) + number
-    for first in np.sort(np.unique(model, return_index=True)[1]):
-        name, number = (str(obs[column][first]) for column in ("method", "seed"))
+    _, first, model = np.unique(obs["method"] + "\n" + obs["seed"], return_index=True, return_inverse=True)
+    for code in np.argsort(first):  # in the order of the file
+        name, number, _ = (str(column[first[code]]) for column in obs.values())
 
-        def cells(condition, own=model[first], who=f"{name}, seed {number}"):
+        def cells(condition, code=code, who=f"{name}, seed {number}"):
             names = names_of(dataset, condition)
             rows = predicted.cells(*codes[names]) if names in codes else np.array([], int)
-            rows = rows[model[rows] == own]
+            rows = rows[model[rows] == code]
             ptrag.require(len(rows), f"{path}: no cells of {data.listed(names)} by {who}; train it again")
-            return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
+            return expression(divide(names, rows, min(len(rows), max_cells), seed)[1])
 
-        nothing = [float(share or "nan") for share in obs["nothing_selected"][model == model[first]]]
+        nothing = [float(share or "nan") for share in obs["nothing_selected"][model == code]]
         contenders.append(Contender(name, number, cells, float(average(np.array(nothing)))))
     return contenders, set(codes), notes
 
 
-def read_run(folder, config, prefix, dataset, split, say=data.say):
+def read_run(folder, config, prefix, dataset, split):
     """Contenders and notes of a run as in `read_predictions`; rows of retrieval.csv and of log.csv: dicts
     with label, split and share of cells that select nothing, numbers as float, nan where empty."""
     path, tables = folder / "predictions.h5ad", []
     ptrag.require(path.exists(), f"{path}: no such file; the run was not finished (go on with --resume)")
-    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed, say)
+    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed)
     empty = {(contender.label, contender.seed): contender.empty for contender in contenders}
     tested = {names_of(dataset, condition) for condition in split.test}
     for name, numbers in (("retrieval.csv", ["probability", "selected"]),
@@ -950,7 +942,7 @@ def runs_by_split(folders):
 
 # -------------------------------------------------------------------------------------------- command line
 
-def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, full=False):
+def evaluate_runs(folders, dataset=None, split=None, out=None, full=False):
     """Evaluates the predictions of one run, or of several, pooled or side by side: the rows of summary.csv.
     Writes metrics.csv, summary.csv, report.html (pooled: lines.csv too, the summary of each cell line) to
     `out` (the run's folder; for several a folder A+B beside the first) and prints the table, all of it with
@@ -965,7 +957,7 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         elif tasks:
             split = data.split(dataset, rule, config.seed)
         for run in runs:
-            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split, say)):
+            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split)):
                 kept += new
         fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
         controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
@@ -983,15 +975,15 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
     results = Results(conditions, notes)
     retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
-    return write_outputs(results, out, dataset.name, say, full, retrieval, candidates, log)
+    return write_outputs(results, out, dataset.name, full, retrieval, candidates, log)
 
 
-def evaluate_files(options, say=data.say):
+def evaluate_files(options):
     """Evaluates anyone's predicted cells against real ones, both AnnData files: the rows of summary.csv."""
     columns = {name: getattr(options, name) for name in ("control", *ptrag.COLUMNS)}
-    real = data.load(options.real, hvg=options.hvg, need_embeddings=False, say=say, **columns)
+    real = data.load(options.real, hvg=options.hvg, need_embeddings=False, **columns)
     pred, seed, most = options.pred, options.seed, options.max_cells
-    contenders, theirs, notes = read_predictions(pred, real, most, seed, say, **columns)
+    contenders, theirs, notes = read_predictions(pred, real, most, seed, **columns)
     ours = {names_of(real, condition): condition for condition in real.conditions()}
     theirs = {names for names in theirs if names[1] != real.perturbations[0]}
     conditions = sorted(ours[names] for names in theirs & set(ours))
@@ -1005,10 +997,10 @@ def evaluate_files(options, say=data.say):
     controls = control_moments(real, [line for line, _ in conditions], seed)
     results = measure(real, conditions, contenders, {}, controls, seed, most)
     results.notes += real.notes + notes
-    return write_outputs(results, Path(options.out), f"{pred} against {options.real}", say)
+    return write_outputs(results, Path(options.out), f"{pred} against {options.real}")
 
 
-def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(), log=()):
+def write_outputs(results, out, name, full=True, retrieval=(), candidates=(), log=()):
     """Writes the files and prints the tables: the rows of summary.csv. name: what the cells are from."""
     conditions, splits = results.conditions, dict.fromkeys(c.split for c in results.conditions if c.split)
     seeds = dict.fromkeys(seed for _, seed in results.rows if seed)
@@ -1034,17 +1026,18 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
                        [[line, *row.values()] for line, found in summaries[1:] for row in found])
     write_report(out / "report.html", title, results, summaries, retrieval, candidates, log)
     wrap = textwrap.TextWrapper(140, "", "  ", break_long_words=False, break_on_hyphens=False).fill
-    say(wrap(title))
+    data.say(wrap(title))
     for line, rows in summaries:
         for table in make_tables(rows, full and not line):
-            say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
+            data.say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
+    notes = footnotes(summary, results.reference) + results.notes + [*retrieval]
+    data.say("\n".join(["", *map(wrap, notes)]))
     said = "everything" if full else "the other metrics, significance and figures"
-    say("\n" + "\n".join(map(wrap, [*footnotes(summary, results.reference), *results.notes, *retrieval])))
-    say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
+    data.say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
     return summary
 
 
-def export(folder, out, say=data.say):
+def export(folder, out):
     """Writes a run's cells as cell-eval reads them, its split as cell-load and --split do."""
     config, written = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
@@ -1053,7 +1046,7 @@ def export(folder, out, say=data.say):
              for line, p in conditions]
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
     real = lambda c: dataset.expression[pick(c) if c[1] else dataset.cells(*c)]  # all of the control cells
-    contenders, *_ = read_run(folder, config, "", dataset, split, say)
+    contenders, *_ = read_run(folder, config, "", dataset, split)
     out.mkdir(parents=True, exist_ok=True)
     for method, seed, predicted, _ in [Contender("real", "", real), *contenders]:
         cells = lambda c: (predicted if c[1] else real)(c)
@@ -1065,7 +1058,8 @@ def export(folder, out, say=data.say):
         written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
         data.write_anndata(written[-1], dataset.genes, obs, blocks, sum(sizes), about)
         if sum(above):
-            say(f"{written[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
+            clipped = f"{sum(above)} values above log1p(10,000), which no cell has, are clipped"
+            data.say(f"{written[-1]}: {clipped}")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
     for line in sorted({line for line, _ in split.validation + split.test}):
         text += f"\n[fewshot.{json.dumps('data.' + dataset.cell_lines[line])}]\n"
@@ -1074,9 +1068,10 @@ def export(folder, out, say=data.say):
             text += f"{part} = {json.dumps(genes)}\n"
     with data.atomic_output(out / "split.toml") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
-    say(f"wrote {data.listed(written, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
+    data.say(f"wrote {data.listed(written, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
     for path in written[1:]:
-        say(f"cell-eval run -ap {path} -ar {written[0]} --celltype-col cell_type -o {path.with_suffix('')}")
+        data.say(f"cell-eval run -ap {path} -ar {written[0]} --celltype-col cell_type -o "
+                 f"{path.with_suffix('')}")
 
 
 def run(arguments):

@@ -104,7 +104,7 @@ def test_degs_are_significant_and_changed_enough_and_fewer_than_two_give_no_numb
     spread = np.array([0.01, 0.01, 0.01, 9.0])
     control, real = evaluate.Moments(np.ones(4), spread, 100), evaluate.Moments(np.array(mean), spread, 100)
     assert np.flatnonzero(evaluate.differentially_expressed(real, control)).tolist() == expected
-    line = evaluate.Line(control, torch.ones(4), None, None, [[control.mean] * 2])
+    line = evaluate.Line(control, torch.ones(4), None, None, control.mean, control.mean)
     found = evaluate.mean_metrics(real, rng(0).normal(size=(1, 4)), line)
     assert found["n_deg"] == len(expected) and np.isfinite(found["mae"])
     assert np.isnan(found["pearson_deg"]) == np.isnan(found["spearman_deg"]) == (len(expected) < 2)
@@ -113,7 +113,7 @@ def test_degs_are_significant_and_changed_enough_and_fewer_than_two_give_no_numb
 def test_mean_metrics_equal_their_definitions_written_out():
     real = evaluate.moments([rng(1).normal(2, 0.1, (40, 8)) + np.arange(8) / 4])
     control, perturbed = evaluate.moments([rng(2).normal(2, 0.1, (50, 8))]), rng(4).normal(2, 0.1, 8)
-    line = evaluate.Line(control, torch.tensor(perturbed), None, None, [[control.mean] * 2])
+    line = evaluate.Line(control, torch.tensor(perturbed), None, None, control.mean, control.mean)
     genes, means = evaluate.differentially_expressed(real, control), rng(3).normal(2, 1, (3, 8))
     rank = lambda values: [sum(v < w for v in values) for w in values]
     r = lambda x, y, less=0: np.corrcoef(np.subtract(x, less), np.subtract(y, less))[0, 1]
@@ -209,9 +209,9 @@ def test_the_signs_of_the_components_do_not_matter_to_any_metric(monkeypatch):
 
 def test_halves_share_no_cell_leave_none_out_and_depend_on_name_and_seed_alone():
     for count in (1, 2, 3, 9, 40):
-        a, b = evaluate.halves(("A", "p"), count, 3)
+        a, b = evaluate.divide(("A", "p"), np.arange(count), count // 2, 3)
         assert sorted([*a, *b]) == list(range(count)) and len(a) - len(b) == count % 2
-    half = lambda names, seed: evaluate.halves(names, 40, seed)[1].tolist()
+    half = lambda names, seed: evaluate.divide(names, np.arange(40), 20, seed)[1].tolist()
     assert half("Ap", 3) == half("Ap", 3) and half("Ap", 3) not in (half("Aq", 3), half("Ap", 4))
 
 
@@ -220,8 +220,8 @@ def test_the_ceiling_compares_the_same_half_of_every_condition_less_two_halves_o
     shifts = {("A", name): (6, rng(i).normal(0, 0.2, 6)) for i, name in enumerate(names[1:])}
     dataset = made(shifts, noise=0.8)
     cells = [dataset.expression[dataset.cells(0, p)] for p in range(13)]
-    a, b = (np.array([of[evaluate.halves(("A", name), len(of), 0)[side]].mean(0)
-                      for name, of in zip(names, cells)]) for side in (0, 1))
+    a, b = np.swapaxes([[half.mean(0) for half in evaluate.divide(("A", name), of, len(of) // 2, 0)]
+                        for name, of in zip(names, cells)], 0, 1)
     found = measured(dataset, lambda c: dataset.expression[:6])
     ceiling = lambda name: found.values(evaluate.CEILING, name)[0]
     for name, cosine in (("discrimination", False), ("discrimination_cosine", True)):
@@ -536,7 +536,7 @@ def test_a_run_gets_its_table_with_baselines_seeds_significance_and_a_self_conta
 
 def test_runs_stand_side_by_side_only_if_made_from_the_same_cells(make_run, tmp_path):
     one, two = make_run("one"), make_run("two", 0.4, cells=16)  # the size of a set changes nothing compared
-    labels = methods_of(evaluate.evaluate_runs([one, two], say=lambda line: None))
+    labels = methods_of(evaluate.evaluate_runs([one, two]))
     assert labels[-4:] == ["one/state", "one/ptrag", "two/state", "two/ptrag"]
     assert (tmp_path / "one+two" / "summary.csv").exists() and not (one / "summary.csv").exists()
     with pytest.raises(ptrag.InputError, match="three: has seed 1"):
