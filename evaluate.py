@@ -633,34 +633,31 @@ def make_tables(summary, full=True):
     """Values at equal counts, positions and comparisons, of the first metrics or all; each table a list of
     (label, cell texts), the first of them title and headings."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels = list(dict.fromkeys(row["method"] for row in summary))
-    count = max(row["compared"] for row in summary)
+    labels, every = list(dict.fromkeys(row["method"] for row in summary)), [*METRICS]
+    others = [metric for metric in METRICS if metric not in FIRST_METRICS]
     methods = [label for label in labels if label not in ANCHORS]
     compared = [label for label in labels if cell[label, "mae"]["compared"]]
-    every, others = [*METRICS], [metric for metric in METRICS if metric not in FIRST_METRICS]
-    halves = [every[:10], every[10:]] if full else []
+    count = max(row["compared"] for row in summary)
 
     def value(row):
         spread = f"±{row['spread_equal']:.1g}" * (row["spread_equal"] >= 0 and row["metric"] in FIRST_METRICS)
         stars = "".join("*" for limit in (0.05, 0.01, 0.001) if row["p_adjusted"] <= limit)
         return f"{short(row['mean_equal'])}{spread}{stars:<3}"
 
+    position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     comparison = lambda row: "–" if not row["compared"] else (
         f"{row['reference_better']}" + f"/{row['compared']}" * (row["compared"] < count))
-    position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
-    tables = []
+    halves = [every[:10], every[10:]] if full else []
     for title, rows, parts, text in (
             ("mean over conditions, equal counts", labels, [FIRST_METRICS], value),
-            ("other metrics, equal counts", labels, [others[:7], others[7:]] if full else [], value),
+            ("other metrics, equal counts", labels, [others[:7], others[7:]] * full, value),
             ("position: 0 floor, 1 ceiling", methods, halves or [FIRST_METRICS], position),
             (f"of {count} conditions PT-RAG is better in", compared, halves * bool(compared), comparison)):
         for part in parts:
             tail = "   " * (text is value)  # room for three stars
-            tables.append([(title, [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part])])
-            for row in rows:
-                mark = " †" * (cell[row, part[0]]["untrained"] > 0)
-                tables[-1].append((row + mark, [text(cell[row, m]) for m in part]))
-    return tables
+            headings = [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part]
+            yield [(title, headings), *((row + " †" * (cell[row, "mae"]["untrained"] > 0),
+                                         [text(cell[row, m]) for m in part]) for row in rows)]
 
 
 def text_table(table):
@@ -732,27 +729,28 @@ def strips(results, summary):
     """Per metric and row, where each condition stands: (value - its floor) / mean(ceiling - floor), so that
     the mean, a bar, is the row's position in the table."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels, figures = [label for label in results.labels if label not in ANCHORS], []
+    labels = [label for label in results.labels if label not in ANCHORS]
     every = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000)
-    names = [(-row, label) for row, label in enumerate(labels)][::-1]
-    ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")], [(0.5 - len(labels), ""), *names, (0.5, "")]
+    names = [(-row, label) for row, label in enumerate(labels)]
+    x_ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")]
+    y_ticks = [(0.5 - len(labels), ""), *names[::-1], (0.5, "")]
     for metric, (heading, _) in METRICS.items():
-        anchor, series = cell[labels[0], metric], []
-        for y, label in reversed(names):
-            gain = average(results.values(label, metric), 0) - results.values(FLOOR, metric)[0]
+        anchor, floor, series = cell[labels[0], metric], results.values(FLOOR, metric)[0], []
+        if math.isnan(anchor["position"]):  # the ceiling is not better than the floor
+            continue
+        for y, label in names:
+            gain = average(results.values(label, metric), 0) - floor
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
             bar = [cell[label, metric]["position"]] * 2, [y - 0.4, y + 0.4]
             series += [("", colour, "dots", x, [y] * len(x)), ("", "currentColor", "curve", *bar)]
-        if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
-            title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
-            figures.append(figure(title, series, *ticks, height=15 * len(labels)))
-    return figures
+        title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
+        yield figure(title, series, x_ticks, y_ticks, height=15 * len(labels))
 
 
 def training_figures(log):
     """Energy, validation and selection over the steps; one colour per row, one line per seed."""
-    labels, figures = list(dict.fromkeys(row["label"] for row in log)), []
+    labels = list(dict.fromkeys(row["label"] for row in log))
     for column, title in (("energy", "energy distance of training sets"), ("validation", "validation"),
                           ("sparsity", "selection probability: share of candidates selected")):
         series, known = [], [row for row in log if 0 < row[column] < math.inf]
@@ -760,11 +758,10 @@ def training_figures(log):
             points = zip(*((row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]))
             series.append((label, f"var(--c{labels.index(label) % 6})", "curve", *points))
         if known:
-            steps, values = zip(*((row["step"], row[column]) for row in known))
+            last, values = max(row["step"] for row in known), [row[column] for row in known]
             ends = (0, 1) if column == "sparsity" else (min(values), np.quantile(values, 0.98))
             y_ticks = [(v, short(v)) for v in np.linspace(*ends, 5).tolist()]
-            figures.append(figure(title, series, [(0, "0"), (max(steps), f"step {max(steps):.0f}")], y_ticks))
-    return figures
+            yield figure(title, series, [(0, "0"), (last, f"step {last:.0f}")], y_ticks)
 
 
 def selection_tables(candidates):
@@ -784,17 +781,16 @@ def selection_tables(candidates):
 def scatters(results):
     """Real, predicted and control cells in two components: a strong, a middling and a weak perturbation."""
     effect = np.nan_to_num(results.values(FLOOR, "energy", ALL_CELLS)[0])
-    order, figures = np.argsort(-effect, kind="stable"), []
+    order, kinds = np.argsort(-effect, kind="stable"), ("control", "real", "predicted")
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
         condition = results.conditions[i]
         every = np.concatenate(condition.points)
         if every.shape[1] == 2:
-            kinds = ("control", "var(--base)"), ("real", "var(--c1)"), ("predicted", "var(--c0)")
-            series = [(*kind, "dots", *points.T) for kind, points in zip(kinds, condition.points)]
+            series = [(kind, f"var(--{colour})", "dots", *points.T)
+                      for kind, colour, points in zip(kinds, ("base", "c1", "c0"), condition.points)]
             ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
             title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
-            figures.append(figure(title, series, *ticks, 300, 210))
-    return figures
+            yield figure(title, series, *ticks, 300, 210)
 
 
 def write_report(path, title, results, summaries, retrieval, candidates, log):

@@ -357,7 +357,7 @@ def test_summary_averages_seeds_within_conditions_counts_wins_and_judges_anchors
 def test_narrow_metrics_and_untrained_one_hot_rows_are_marked_and_no_others(collapse, untrained, marked):
     rows = dict.fromkeys(("state", "state-genept", "ptrag"), [range(4)])
     summary = summarised(rows, (0, collapse, 10), untrained)
-    (_, headings), *rows = evaluate.make_tables(summary)[0]
+    (_, headings), *rows = next(evaluate.make_tables(summary))
     assert [headings[i].strip() for i in (0, 5)] == ["W1" + "!" * marked, "r delta"]
     assert [label for label, _ in rows if "†" in label] == ["state †"] * marked
     notes = " ".join(evaluate.footnotes(summary, "ptrag"))
