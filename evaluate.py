@@ -478,7 +478,7 @@ def benjamini_hochberg(p):
 
 def average(values, axis=None):
     """Mean without the nan entries; nan, and no warning, where there is nothing else."""
-    count = (~np.isnan(values)).sum(axis)
+    count = np.sum(~np.isnan(values), axis)
     return np.where(count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan)
 
 
@@ -544,7 +544,7 @@ def response_similarity(dataset, rows, tasks):
                      if row["candidate"] in cosine]
             selected, probability, similar = np.array(known).reshape(-1, 3).T
             correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
-            found.append([average(similar), average(np.array([cosine[name] for name in others])),
+            found.append([average(similar), average([cosine[name] for name in others]),
                           average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
     return np.array(found, float)
 
@@ -878,7 +878,7 @@ def read_predictions(path, dataset, max_cells, seed, **columns):
             return expression(divide(names, rows, min(len(rows), max_cells), seed)[1])
 
         nothing = [float(share or "nan") for share in obs["nothing_selected"][model == code]]
-        contenders.append(Contender(name, number, cells, float(average(np.array(nothing)))))
+        contenders.append(Contender(name, number, cells, float(average(nothing))))
     return contenders, set(codes), notes
 
 
@@ -955,19 +955,18 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, full=False):
         for run in runs:
             for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split)):
                 kept += new
-        fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
-        controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
-        responses = mean_responses(dataset, fitted + split.test, controls, *cut)
-        known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
-        baselines, more = baseline_responses(dataset, split.test, *known, config.top_k)
+        parts, cut = (split.train, split.validation, split.test), (config.seed, config.max_cells)
+        controls = control_moments(dataset, [line for line, _ in sum(parts, [])], config.seed)
+        trained, validated, tested = (mean_responses(dataset, part, controls, *cut) for part in parts)
+        baselines, more = baseline_responses(dataset, split.test, trained, validated, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
-        trained = {dataset.perturbations[p] for _, p in split.train}
-        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in trained)
+        genes = {dataset.perturbations[p] for _, p in split.train}
+        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in genes)
                        for measured in results.conditions]
         notes += [f"{rule}: " * (len(splits) > 1) + note for note in (*results.notes, *said, *more)]
         name = config.test_pool or config.pool
         pool = {dataset.perturbations[p] for p in ptrag.pool_of(name, dataset, split)}
-        tasks[rule] = responses, pool, name
+        tasks[rule] = trained | validated | tested, pool, name
     results = Results(conditions, notes)
     retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
