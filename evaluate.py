@@ -404,11 +404,12 @@ def ridge(embeddings, responses, penalty):
     return lambda query: ((query - centre) @ x.T @ weights + mean).astype(np.float32)
 
 
-def choose_penalty(embeddings, training, validation):
-    """The penalty from 0.001 to 1000 with the least squared error on validation conditions; 1 without any."""
+def choose_penalty(embeddings, sets, validation):
+    """The penalty from 0.001 to 1000 with the least squared error on validation conditions; 1 without any.
+    sets: line -> `training_set`."""
     errors = {10.0 ** power: 0.0 for power in range(-3, 4)} if validation else {1.0: 0.0}
     for line in sorted({line for line, _ in validation}):
-        genes, responses = training_set(training, line)
+        genes, responses = sets[line]
         queries, truth = zip(*((p, response) for (code, p), response in validation.items() if code == line))
         for penalty in errors:
             found = ridge(embeddings[genes], responses, penalty)(embeddings[list(queries)])
@@ -424,7 +425,7 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
     embeddings, means, elsewhere, nearest, learned = dataset.perturbation_embeddings(), {}, {}, {}, {}
     sets = {line: training_set(training, line) for line in sorted({line for line, _ in conditions})}
     validation = {condition: r for condition, r in validation.items() if condition[0] in sets}
-    penalty = choose_penalty(embeddings, training, validation)
+    penalty = choose_penalty(embeddings, sets, validation)
     fewest = min(len(genes) for genes, _ in sets.values())
     k = min(top_k, fewest - 1)  # a gene is not its own neighbour
     for line, (genes, responses) in sets.items():
