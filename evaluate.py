@@ -201,7 +201,7 @@ def point_metrics(real, predicted):
         value[f"w{p}"], value[f"w{p}_marginal"] = ptrag.wasserstein(predicted, repeated, p), marginal.mean(1)
         value[f"sw{p}"], value[f"sw{p}_error"] = ptrag.sliced_wasserstein(predicted, real, p)
     value["w2_half_squared"] = value["w2"] ** 2 / 2
-    value["w2_half_squared_marginal"] = (marginal ** 2).mean(1) / 2
+    value["w2_half_squared_marginal"] = (marginal ** 2).mean(1) / 2  # p is 2 after the loop
     value["energy"] = ptrag.energy_distance(predicted, real)
     value["energy_marginal"] = energy_1d(predicted.mT, real.mT).mean(1)
     nothing = 0 if real.shape[2] else math.nan
@@ -405,8 +405,7 @@ def ridge(embeddings, responses, penalty):
 
 
 def choose_penalty(embeddings, sets, validation):
-    """The penalty from 0.001 to 1000 with the least squared error on validation conditions; 1 without any.
-    sets: line -> `training_set`."""
+    """The penalty from 0.001 to 1000 with the least squared error on validation conditions; 1 without any."""
     errors = {10.0 ** power: 0.0 for power in range(-3, 4)} if validation else {1.0: 0.0}
     for line in sorted({line for line, _ in validation}):
         genes, responses = sets[line]
@@ -670,23 +669,24 @@ def text_table(table):
 
 def footnotes(summary, reference):
     """What the marks of the table mean, those that occur; `reference`: the row others are tested against."""
-    most, untrained = (max(row[name] for row in summary) for name in ("conditions", "untrained"))
-    marks = {
-        f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions (unpaired, as "
-        "in the paper), Benjamini-Hochberg over the table": lambda row: row["p_adjusted"] <= 0.05,
-        "! the collapse stands above the ceiling: the metric rewards populations that are too narrow; not to "
-        "be trusted alone": lambda row: row["narrow"],
-        f"† one-hot, and in {untrained} conditions of a gene that no training condition perturbs: its column "
-        "is as it was before training": lambda row: row["untrained"],
-        "– as a position: the ceiling is not better than the floor, the metric cannot tell them apart here":
-            lambda row: math.isnan(row["position"]) and not math.isnan(row["mean_equal"]),
-        "± standard deviation over seeds; the value before it is their mean": lambda row: row["seeds"] > 1,
-        **{f"{METRICS[row['metric']][0]}: {row['conditions']} conditions count, the others have fewer than "
-           "two expressed differentially": bool for row in summary
-           if row["method"] == FLOOR and "_deg" in row["metric"] and row["conditions"] < most},
-        "tables: at equal counts; metrics.csv, and mean in summary.csv: of all cells, as other tools print":
-            bool}
-    return [text for text, occurs in marks.items() if any(map(occurs, summary))]
+    column = {name: np.array([row[name] for row in summary]) for name in summary[0]}
+    most, untrained = column["conditions"].max(), column["untrained"].max()
+    marks = [
+        (column["p_adjusted"] <= 0.05,
+         f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions (unpaired, "
+         "as in the paper), Benjamini-Hochberg over the table"),
+        (column["narrow"], "! the collapse stands above the ceiling: the metric rewards populations that are "
+         "too narrow; not to be trusted alone"),
+        (column["untrained"], f"† one-hot, and in {untrained} conditions of a gene that no training "
+         "condition perturbs: its column is as it was before training"),
+        (np.isnan(column["position"]) & ~np.isnan(column["mean_equal"]),
+         "– as a position: the ceiling is not better than the floor, the metric cannot tell them apart here"),
+        (column["seeds"] > 1, "± standard deviation over seeds; the value before it is their mean")]
+    fewer = [f"{METRICS[row['metric']][0]}: {row['conditions']} conditions count, the others have fewer than "
+             "two expressed differentially" for row in summary
+             if row["method"] == FLOOR and "_deg" in row["metric"] and row["conditions"] < most]
+    return [text for occurs, text in marks if occurs.any()] + fewer + [
+        "tables: at equal counts; metrics.csv, and mean in summary.csv: of all cells, as other tools print"]
 
 
 # -------------------------------------------------------------------------------------------------- report
@@ -1035,7 +1035,7 @@ def write_outputs(results, out, name, full=True, retrieval=(), candidates=(), lo
 
 def export(folder, out):
     """Writes a run's cells as cell-eval reads them, its split as cell-load and --split do."""
-    config, written = ptrag.read_config(folder), []
+    config, paths = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
     names = [(dataset.perturbations[p] if p else "non-targeting", dataset.cell_lines[line])
@@ -1051,11 +1051,10 @@ def export(folder, out):
         blocks = ((place, {"X": np.minimum(cells(c), HIGHEST)}) for place, c in zip(rows, conditions))
         obs = dict(zip(("target_gene", "cell_type"), np.repeat(names, sizes, axis=0).T.tolist()))
         about = {"units": data.UNITS, "data": dataset.name, "split": config.split, "model": method}
-        written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
-        data.write_anndata(written[-1], dataset.genes, obs, blocks, sum(sizes), about)
+        paths.append(out / f"{method}{seed and '-'}{seed}.h5ad")
+        data.write_anndata(paths[-1], dataset.genes, obs, blocks, sum(sizes), about)
         if sum(above):
-            clipped = f"{sum(above)} values above log1p(10,000), which no cell has, are clipped"
-            data.say(f"{written[-1]}: {clipped}")
+            data.say(f"{paths[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
     for line in sorted({line for line, _ in split.validation + split.test}):
         text += f"\n[fewshot.{json.dumps('data.' + dataset.cell_lines[line])}]\n"
@@ -1064,10 +1063,10 @@ def export(folder, out):
             text += f"{part} = {json.dumps(genes)}\n"
     with data.atomic_output(out / "split.toml") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
-    data.say(f"wrote {data.listed(written, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
-    for path in written[1:]:
-        data.say(f"cell-eval run -ap {path} -ar {written[0]} --celltype-col cell_type -o "
-                 f"{path.with_suffix('')}")
+    data.say(f"wrote {data.listed(paths, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
+    for path in paths[1:]:
+        stem = path.with_suffix("")
+        data.say(f"cell-eval run -ap {path} -ar {paths[0]} --celltype-col cell_type -o {stem}")
 
 
 def run(arguments):
