@@ -376,11 +376,9 @@ def measure_condition(dataset, lines, contenders, baselines, pick, seed, truth, 
 
 def mean_responses(dataset, conditions, controls, seed, max_cells):
     """Mean of each condition's real cells minus its line's control mean: condition -> (G,) float32."""
-    responses = {}
-    for condition in conditions:
-        cells = dataset.expression[data.evaluation_cells(dataset, condition, seed, max_cells)[0]]
-        responses[condition] = np.float32(cells.mean(0, dtype=np.float64) - controls[condition[0]][0].mean)
-    return responses
+    pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)[0]
+    mean = lambda condition: dataset.expression[pick(condition)].mean(0, dtype=np.float64)
+    return {(line, p): np.float32(mean((line, p)) - controls[line][0].mean) for line, p in conditions}
 
 
 def training_set(responses, line):
@@ -647,7 +645,8 @@ def make_tables(summary, full=True):
     position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     comparison = lambda row: "–" if not row["compared"] else (
         f"{row['reference_better']}" + f"/{row['compared']}" * (row["compared"] < count))
-    halves = [every[:10], every[10:]] if full else []
+    marked = lambda label: label + " †" * (cell[label, "mae"]["untrained"] > 0)
+    halves = [every[:10], every[10:]] * full
     for title, rows, parts, text in (
             ("mean over conditions, equal counts", labels, [FIRST_METRICS], value),
             ("other metrics, equal counts", labels, [others[:7], others[7:]] * full, value),
@@ -656,8 +655,7 @@ def make_tables(summary, full=True):
         for part in parts:
             tail = "   " * (text is value)  # room for three stars
             headings = [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part]
-            yield [(title, headings), *((row + " †" * (cell[row, "mae"]["untrained"] > 0),
-                                         [text(cell[row, m]) for m in part]) for row in rows)]
+            yield [(title, headings), *((marked(row), [text(cell[row, m]) for m in part]) for row in rows)]
 
 
 def text_table(table):
@@ -914,7 +912,7 @@ def read_run(folder, config, prefix, dataset, split):
 def runs_by_split(folders):
     """Split -> its runs: (folder, config, what stands before the labels: nothing if all are one model)."""
     configs = [ptrag.read_config(folder) for folder in folders]
-    models, runs, ours = {}, {}, asdict(configs[0])
+    models, runs, ours = {}, {}, asdict(configs[0])  # models: settings -> split -> (folder, config)
     for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
@@ -924,14 +922,14 @@ def runs_by_split(folders):
         while config.split in models.setdefault(model, {}):
             model += "again",  # the same model on the same split: side by side
         models[model][config.split] = folder, config
-    unique, (first, *_) = len({folder.name for folder in folders}) == len(folders), models.values()
+    unique, pooled = len({folder.name for folder in folders}) == len(folders), [*models.values()][0].keys()
     for of_split in models.values():
-        (head, config), *_ = of_split.values()
+        folder, config = [*of_split.values()][0]
         differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
-        ptrag.require(of_split.keys() == first.keys(),
-                      f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
+        ptrag.require(of_split.keys() == pooled,
+                      f"{folder}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
                       "the split alone, and side by side if they have the same")
-        prefix = f"{head.name if unique else head}/" * (len(models) > 1)
+        prefix = f"{folder.name if unique else folder}/" * (len(models) > 1)
         for split, run in of_split.items():
             runs.setdefault(split, []).append((*run, prefix))
     return runs
