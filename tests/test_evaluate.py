@@ -190,8 +190,8 @@ def test_pca_has_up_to_50_axes_with_variance_fewer_than_cells_and_genes_signs_fi
 def test_the_signs_of_the_components_do_not_matter_to_any_metric():
     real, cells = torch.randn(2, 14, 5, generator=torch.manual_seed(0))
     signs = torch.tensor([-1, 1, -1, 1, -1])
-    a, b = ({name: value for name, (value,) in evaluate.point_metrics(real * sign, cells[None] * sign).items()}
-            for sign in (1, signs))
+    found = (evaluate.point_metrics(real * sign, cells[None] * sign) for sign in (1, signs))
+    a, b = ({name: value for name, (value,) in values.items()} for values in found)
     for name in a.keys() - {"sw1_error", "sw2_error"}:
         error = 4 * math.hypot(*(found.get(f"{name}_error", 0) for found in (a, b)))  # other directions
         tolerance = 0 if error else 4e-3 if name in ("w1", "w2", "w2_half_squared") else 1e-5
@@ -289,7 +289,8 @@ def test_baselines_are_the_means_their_names_say_without_the_cells_of_test_condi
     dataset.embeddings = np.float32([[1, 0, 0], [0, 1, 0], [9, 1, 0], [8, 2, 1], [0, 0, 1], [0, 1, 1]])
     controls, found = evaluate.control_moments(dataset, [0, 1]), []
     for _ in range(2):
-        known = [evaluate.mean_responses(dataset, its, controls, 0, 1000) for its in (train, [(0, 5), (1, 6)])]
+        parts = train, [(0, 5), (1, 6)]  # the second to validate
+        known = [evaluate.mean_responses(dataset, part, controls, 0, 1000) for part in parts]
         found.append(evaluate.baseline_responses(dataset, test, *known, top_k))
         dataset.expression[np.concatenate([dataset.cells(*condition) for condition in test])] = 7
     (responses, said), (after, _) = found
