@@ -173,18 +173,19 @@ def discrimination(means, profiles, truth, excluded, cosine=False):
 
 @dataclass
 class Line:
-    """What the conditions of a cell line are measured against; first axis of 2: ALL_CELLS, EQUAL_COUNTS.
-    At equal counts the mean of one half of the control cells is subtracted from the real cells, that of the
-    other half from what is set against them: a mean both share would correlate them by its noise."""
-    control: Moments         # of all its real control cells
-    centre: torch.Tensor     # (G,) PCA: the mean of the evaluated perturbed cells
-    axes: torch.Tensor       # (G, d)
-    profiles: np.ndarray     # (2, N, G) float32 mean of the real cells of each condition: of all, of half A
-    subtracted: np.ndarray   # (2, 2, G) float64 control mean that real, and predicted, means are less
+    """What the conditions of a cell line are measured against, over all cells or at equal counts. There the
+    mean of one half of the control cells is subtracted from the real cells, that of the other half from what
+    is set against them: a mean both share would correlate them by its noise."""
+    control: Moments               # of all its real control cells
+    centre: torch.Tensor           # (G,) PCA: the mean of the evaluated perturbed cells
+    axes: torch.Tensor             # (G, d)
+    profiles: np.ndarray           # (N, G) float32 mean of each condition's real cells, or of their half A
+    real_control: np.ndarray       # (G,) float64 mean subtracted from real profiles
+    predicted_control: np.ndarray  # (G,) and from predicted ones
 
-    def population(self, cells):
-        """What is measured of cells (m, G): points in PCA space (m, d) and mean profile (G,), float32."""
-        return (torch.as_tensor(cells) - self.centre) @ self.axes, np.float32(cells.mean(0, dtype=np.float64))
+    def project(self, cells):
+        """Cells (m, G) as points in PCA space (m, d)."""
+        return (torch.as_tensor(cells) - self.centre) @ self.axes
 
 
 def point_metrics(real, predicted):
@@ -200,46 +201,43 @@ def point_metrics(real, predicted):
         value[f"w{p}"], value[f"w{p}_marginal"] = ptrag.wasserstein(predicted, repeated, p), marginal.mean(1)
         value[f"sw{p}"], value[f"sw{p}_error"] = ptrag.sliced_wasserstein(predicted, real, p)
     value["w2_half_squared"] = value["w2"] ** 2 / 2
-    value["w2_half_squared_marginal"] = (marginal ** 2).mean(1) / 2
+    value["w2_half_squared_marginal"] = (marginal ** 2).mean(1) / 2  # p is 2 after the loop
     value["energy"] = ptrag.energy_distance(predicted, real)
     value["energy_marginal"] = energy_1d(predicted.mT, real.mT).mean(1)
     nothing = 0 if real.shape[2] else math.nan
     return {name: found.double().numpy() + nothing for name, found in value.items()}
 
 
-def mean_metrics(real, means, line, comparison=ALL_CELLS):
+def mean_metrics(real, means, line):
     """Metrics of mean profiles, `Moments` of the real cells against predicted means (P, G): name -> (P,).
     *_deg: over differentially expressed genes, nan with fewer than two; pearson_delta: of means less the
     control's, or that of the line's perturbed cells, which leaves what tells perturbations apart (Systema,
     Vinas Torne et al. 2025); mae, mse: averaged over genes."""
     means, perturbed = means.astype(np.float64), line.centre.numpy()
-    real_control, control = line.subtracted[comparison]
     genes = np.flatnonzero(differentially_expressed(real, line.control))
     return {
         "n_deg": np.full(len(means), float(len(genes))),
         "pearson_deg": pearson(means[:, genes], real.mean[genes]),
         "spearman_deg": pearson(np.stack([ranks(row[genes]) for row in means]), ranks(real.mean[genes])),
-        "pearson_delta": pearson(means - control, real.mean - real_control),
+        "pearson_delta": pearson(means - line.predicted_control, real.mean - line.real_control),
         "pearson_delta_perturbed_mean": pearson(means - perturbed, real.mean - perturbed),
         "mae": np.abs(means - real.mean).mean(1),
         "mse": ((means - real.mean) ** 2).mean(1),
     }
 
 
-def condition_rows(real_cells, populations, line, comparison, truth, excluded):
-    """Every metric of every population of one condition: (P, M) float64.
-    real_cells: (n, G); populations: P results of `Line.population`, those of equal size are compared at once;
-    truth, excluded: see `discrimination`."""
+def condition_rows(real, populations, line, truth, excluded):
+    """Every metric of every population of one condition, P of cells (m, G) against real cells (n, G): (P, M)
+    float64. Populations of equal size are compared at once. truth, excluded: see `discrimination`."""
     result = np.full((len(populations), len(COLUMNS)), np.nan)
-    real_points, real = line.population(real_cells)[0], moments([real_cells])
-    profiles, (real_control, control) = line.profiles[comparison], np.float32(line.subtracted[comparison])
-    for size in {len(points) for points, _ in populations}:
-        chosen = [i for i, (points, _) in enumerate(populations) if len(points) == size]
-        points, means = zip(*(populations[i] for i in chosen))
-        points, means = torch.stack(points), np.stack(means)  # (P', m, d), (P', G)
-        value = point_metrics(real_points, points) | mean_metrics(real, means, line, comparison)
-        value["discrimination"] = discrimination(means, profiles, truth, excluded)
-        deltas = means - control, profiles - real_control
+    real_points, of_real, sizes = line.project(real), moments([real]), [*map(len, populations)]
+    for size in set(sizes):
+        chosen = np.flatnonzero(np.equal(sizes, size))
+        points = torch.stack([line.project(populations[i]) for i in chosen])  # (P', m, d)
+        means = np.float32([populations[i].mean(0, dtype=np.float64) for i in chosen])  # (P', G)
+        value = point_metrics(real_points, points) | mean_metrics(of_real, means, line)
+        value["discrimination"] = discrimination(means, line.profiles, truth, excluded)
+        deltas = means - np.float32(line.predicted_control), line.profiles - np.float32(line.real_control)
         value["discrimination_cosine"] = discrimination(*deltas, truth, excluded, cosine=True)
         result[chosen] = np.stack([value[name] for name in COLUMNS], axis=1)
     return result
@@ -292,16 +290,10 @@ def names_of(dataset, condition):
     return dataset.cell_lines[condition[0]], dataset.perturbations[condition[1]]
 
 
-def seeded_subset(names, count, size, seed):
-    """`size` of `count` numbers, drawn from seed and names; of count // 2, the rest is the other one."""
-    generator = np.random.default_rng([seed, zlib.crc32(":".join(names).encode())])
-    return np.sort(generator.permutation(count)[count - size:])
-
-
-def halves(names, count, seed):
-    """Numbers of half A (the larger by one where the count is odd) and half B of the cells of a condition."""
-    b = seeded_subset(names, count, count // 2, seed)
-    return np.setdiff1d(np.arange(count), b), b
+def divide(names, cells, size, seed):
+    """Cells of a condition, or row numbers, in two: all but `size`, and those, drawn from seed and names."""
+    order = np.random.default_rng([seed, zlib.crc32(":".join(names).encode())]).permutation(len(cells))
+    return [cells[np.sort(part)] for part in np.split(order, [len(cells) - size])]
 
 
 def control_moments(dataset, lines, seed=0):
@@ -310,71 +302,72 @@ def control_moments(dataset, lines, seed=0):
     found = {}
     for line in set(lines):
         rows = dataset.cells(line, 0)
-        cut = halves(names_of(dataset, (line, 0)), len(rows), seed)  # a single cell is both halves
-        found[line] = of(rows), np.stack([of(rows[half] if len(half) else rows).mean for half in cut])
+        halves = divide(names_of(dataset, (line, 0)), rows, len(rows) // 2, seed)
+        found[line] = of(rows), [of(half if len(half) else rows).mean for half in halves]  # one cell is both
     return found
 
 
 def describe_line(dataset, conditions, control, pick, seed):
-    """`Line` of the conditions of a cell line; pick: condition -> rows of real and of control cells."""
-    means, (of_all, of_halves) = [], control
+    """`Line` of a cell line's conditions over all cells, and at equal counts, where real cells are half A of
+    each condition; pick: condition -> rows of real and of control cells."""
+    profiles, (of_all, of_halves) = [], control
 
     def real_cells():
         for condition in conditions:
             cells = dataset.expression[pick(condition)[0]]
-            half_a, _ = halves(names_of(dataset, condition), len(cells), seed)
-            means.append([part.mean(0, dtype=np.float64) for part in (cells, cells[half_a])])
+            half_a, _ = divide(names_of(dataset, condition), cells, len(cells) // 2, seed)
+            profiles.append([part.mean(0, dtype=np.float64) for part in (cells, half_a)])
             yield cells
 
-    pca = fit_pca(real_cells())
-    return Line(of_all, *pca, np.float32(means).swapaxes(0, 1), np.stack([[of_all.mean] * 2, of_halves]))
+    centre, axes = fit_pca(real_cells())
+    profiles = np.float32(profiles).swapaxes(0, 1)  # (2, N, G)
+    subtracted = [of_all.mean] * 2, of_halves
+    return [Line(of_all, centre, axes, means, *less) for means, less in zip(profiles, subtracted)]
 
 
 def measure(dataset, conditions, contenders, baselines, controls, seed=0, max_cells=1000):
     """Measures anchors, baselines and contenders on every condition, a cell line after the other: `Results`.
     baselines: label -> condition -> response (G,); controls: see `control_moments`."""
-    found, C = {}, len(conditions)
+    found, C = [], len(conditions)
     pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)
     threads = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
-    for code in sorted({line for line, _ in conditions}):
-        of_line = [condition for condition in conditions if condition[0] == code]
-        line = describe_line(dataset, of_line, controls[code], pick, seed)
-        one = functools.partial(measure_condition, dataset, line, contenders, baselines, pick, seed)
+    for code, of_line in itertools.groupby(sorted(conditions), lambda condition: condition[0]):
+        of_line = list(of_line)
+        lines = describe_line(dataset, of_line, controls[code], pick, seed)
+        one = functools.partial(measure_condition, dataset, lines, contenders, baselines, pick, seed)
         for measured in threads.map(one, range(len(of_line)), of_line):  # a thread each: operations are small
-            found[measured.names] = measured
+            found.append(measured)
             if sys.stdout.isatty():
                 end = "" if len(found) < C else "\r\x1b[K"
                 print(f"\revaluating condition {len(found)} of {C}", end=end, flush=True)
     notes = []
     if capped := sum(len(dataset.cells(*condition)) > max_cells for condition in conditions):
         notes.append(f"{capped} of {C} conditions have over {max_cells} cells, so many are drawn")
-    if impossible := sum(measured.impossible for measured in found.values()):
+    if impossible := sum(measured.impossible for measured in found):
         notes.append(f"{impossible:,} predicted values are above log1p(10,000), which no cell has")
-    return Results([found[names_of(dataset, condition)] for condition in conditions], notes)
+    return Results(found, notes)
 
 
-def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, condition):
+def measure_condition(dataset, lines, contenders, baselines, pick, seed, truth, condition):
     """`Measured` of a condition, number `truth` of its line; the others: see `measure`, `describe_line`."""
-    names = names_of(dataset, condition)
+    names, (over_all, at_equal) = names_of(dataset, condition), lines
     real, control = (dataset.expression[rows] for rows in pick(condition))
     excluded = np.isin(dataset.genes, names[1].split("+"))
     predicted = [contender.cells(condition) for contender in contenders]
     shifted = [np.maximum(control + response[condition], 0) for response in baselines.values()]  # log1p >= 0
     populations = [control, *shifted, *predicted]
-    compare = lambda comparison, real, populations: condition_rows(
-        real, list(map(line.population, populations)), line, comparison, truth, excluded)
     values = np.full((2, 2 + len(populations), len(COLUMNS)), np.nan)
-    values[ALL_CELLS, 2:] = compare(ALL_CELLS, real, populations)
-    half_a, half_b = halves(names, len(real), seed)
+    values[ALL_CELLS, 2:] = condition_rows(real, populations, over_all, truth, excluded)
+    half_a, half_b = divide(names, real, len(real) // 2, seed)
     if n := min([len(half_b), *map(len, predicted)]):
-        ceiling = real[half_b[:n]]
+        ceiling = half_b[:n]
         collapse = np.repeat(np.float32(ceiling.mean(0, keepdims=True, dtype=np.float64)), n, axis=0)
-        equal = [cells[seeded_subset(names, len(cells), n, seed)] for cells in populations]
-        values[EQUAL_COUNTS] = compare(EQUAL_COUNTS, real[half_a], [ceiling, collapse, *equal])
+        equal = [ceiling, collapse, *(divide(names, cells, n, seed)[1] for cells in populations)]
+        values[EQUAL_COUNTS] = condition_rows(half_a, equal, at_equal, truth, excluded)
     rows = [(label, "") for label in (*ANCHORS, *baselines)] + [contender[:2] for contender in contenders]
     labels = [contender.label for contender in contenders]
     pictured = control, real, predicted[labels.index(reference_of(labels) or labels[-1])]
-    points = [line.population(cells[:60])[0][:, :2].numpy().copy() for cells in pictured]
+    points = [over_all.project(cells[:60])[:, :2].numpy().copy() for cells in pictured]
     return Measured(names, (len(real), len(predicted[0])), dict(zip(rows, values.swapaxes(0, 1))), points,
                     sum(int((cells > HIGHEST).sum()) for cells in predicted))
 
@@ -383,11 +376,9 @@ def measure_condition(dataset, line, contenders, baselines, pick, seed, truth, c
 
 def mean_responses(dataset, conditions, controls, seed, max_cells):
     """Mean of each condition's real cells minus its line's control mean: condition -> (G,) float32."""
-    responses = {}
-    for condition in conditions:
-        cells = dataset.expression[data.evaluation_cells(dataset, condition, seed, max_cells)[0]]
-        responses[condition] = np.float32(cells.mean(0, dtype=np.float64) - controls[condition[0]][0].mean)
-    return responses
+    pick = lambda condition: data.evaluation_cells(dataset, condition, seed, max_cells)[0]
+    mean = lambda condition: dataset.expression[pick(condition)].mean(0, dtype=np.float64)
+    return {(line, p): np.float32(mean((line, p)) - controls[line][0].mean) for line, p in conditions}
 
 
 def training_set(responses, line):
@@ -411,11 +402,11 @@ def ridge(embeddings, responses, penalty):
     return lambda query: ((query - centre) @ x.T @ weights + mean).astype(np.float32)
 
 
-def choose_penalty(embeddings, training, validation):
+def choose_penalty(embeddings, sets, validation):
     """The penalty from 0.001 to 1000 with the least squared error on validation conditions; 1 without any."""
     errors = {10.0 ** power: 0.0 for power in range(-3, 4)} if validation else {1.0: 0.0}
     for line in sorted({line for line, _ in validation}):
-        genes, responses = training_set(training, line)
+        genes, responses = sets[line]
         queries, truth = zip(*((p, response) for (code, p), response in validation.items() if code == line))
         for penalty in errors:
             found = ridge(embeddings[genes], responses, penalty)(embeddings[list(queries)])
@@ -428,34 +419,34 @@ def baseline_responses(dataset, conditions, training, validation, top_k):
     training, validation: condition -> measured response (G,). Means: of the line's training conditions; of
     the gene's in the other lines (the line's where it has none); of the line's `top_k` training genes with
     the most similar embeddings. Ridge regression, its penalty chosen on validation conditions."""
-    embeddings, trained = dataset.perturbation_embeddings(), {line for line, _ in training}
+    embeddings, means, elsewhere, nearest, learned = dataset.perturbation_embeddings(), {}, {}, {}, {}
     sets = {line: training_set(training, line) for line in sorted({line for line, _ in conditions})}
-    penalty = choose_penalty(embeddings, training, {c: r for c, r in validation.items() if c[0] in sets})
+    validation = {condition: r for condition, r in validation.items() if condition[0] in sets}
+    penalty = choose_penalty(embeddings, sets, validation)
     fewest = min(len(genes) for genes, _ in sets.values())
     k = min(top_k, fewest - 1)  # a gene is not its own neighbour
-    means, elsewhere, nearest, learned = {}, {}, {}, {}
     for line, (genes, responses) in sets.items():
         mean, predict = responses.mean(0), ridge(embeddings[genes], responses, penalty)
         neighbours, _ = ptrag.retrieve(torch.tensor(embeddings), torch.tensor(genes), k)
         for p in [p for code, p in conditions if code == line]:
-            others = [response for (code, q), response in training.items() if q == p and code != line]
             means[line, p], learned[line, p] = mean, predict(embeddings[[p]])[0]
-            elsewhere |= {(line, p): np.mean(others, axis=0)} if others else {}
-            nearest |= {(line, p): responses[np.isin(genes, neighbours[p])].mean(0)} if k else {}
-    borrowing = data.listed(dataset.cell_lines[line] for line in sets if line not in trained)
-    missing = f"{len(conditions) - len(elsewhere)} of {len(conditions)} conditions"
-    penalised = f"ridge penalty {penalty:g} (times the mean eigenvalue)"
-    notes = {
-        f"{penalised}, chosen on {len(validation)} conditions": True,
-        f"gene in the other lines: {missing} fall back on the line's mean":
-            0 < len(elsewhere) < len(conditions),
-        "no row for the gene's response in the other lines: it is not trained there": not elsewhere,
-        f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes": k < top_k,
-        f"no training conditions in {borrowing}: its baselines use the other lines": borrowing}
+            if others := [r for (code, q), r in training.items() if q == p and code != line]:
+                elsewhere[line, p] = np.mean(others, axis=0)
+            if k:
+                nearest[line, p] = responses[np.isin(genes, neighbours[p])].mean(0)
+    notes = [f"ridge penalty {penalty:g} (times the mean eigenvalue), chosen on {len(validation)} conditions"]
+    if not elsewhere:
+        notes.append("no row for the gene's response in the other lines: it is not trained there")
+    elif missing := len(conditions) - len(elsewhere):
+        notes.append(f"gene in the other lines: {missing} of {len(conditions)} conditions fall back on the "
+                     "line's mean")
+    if k < top_k:
+        notes.append(f"nearest genes: {k}, fewer than top_k {top_k}, a line has only {fewest} training genes")
+    if borrowing := [dataset.cell_lines[line] for line in sets if line not in {code for code, _ in training}]:
+        notes.append(f"no training conditions in {data.listed(borrowing)}: its baselines use the other lines")
     found = {"line's mean response": means, "gene in the other lines": elsewhere and means | elsewhere,
              f"{k} nearest genes": nearest, "ridge on embeddings": learned}
-    return ({label: response for label, response in found.items() if response},
-            [note for note, occurs in notes.items() if occurs])
+    return {label: response for label, response in found.items() if response}, notes
 
 
 # -------------------------------------------------------------------------------- significance and summary
@@ -485,7 +476,7 @@ def benjamini_hochberg(p):
 
 def average(values, axis=None):
     """Mean without the nan entries; nan, and no warning, where there is nothing else."""
-    count = (~np.isnan(values)).sum(axis)
+    count = np.sum(~np.isnan(values), axis)
     return np.where(count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan)
 
 
@@ -551,7 +542,7 @@ def response_similarity(dataset, rows, tasks):
                      if row["candidate"] in cosine]
             selected, probability, similar = np.array(known).reshape(-1, 3).T
             correlation = pearson(ranks(probability), ranks(similar)) if len(known) > 2 else math.nan
-            found.append([average(similar), average(np.array([cosine[name] for name in others])),
+            found.append([average(similar), average([cosine[name] for name in others]),
                           average(similar[selected > 0.5]), average(similar[selected <= 0.5]), correlation])
     return np.array(found, float)
 
@@ -640,34 +631,31 @@ def make_tables(summary, full=True):
     """Values at equal counts, positions and comparisons, of the first metrics or all; each table a list of
     (label, cell texts), the first of them title and headings."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels = list(dict.fromkeys(row["method"] for row in summary))
-    count = max(row["compared"] for row in summary)
+    labels, every = list(dict.fromkeys(row["method"] for row in summary)), [*METRICS]
+    others = [metric for metric in METRICS if metric not in FIRST_METRICS]
     methods = [label for label in labels if label not in ANCHORS]
     compared = [label for label in labels if cell[label, "mae"]["compared"]]
-    every, others = [*METRICS], [metric for metric in METRICS if metric not in FIRST_METRICS]
-    halves = [every[:10], every[10:]] if full else []
+    count = max(row["compared"] for row in summary)
 
     def value(row):
         spread = f"±{row['spread_equal']:.1g}" * (row["spread_equal"] >= 0 and row["metric"] in FIRST_METRICS)
         stars = "".join("*" for limit in (0.05, 0.01, 0.001) if row["p_adjusted"] <= limit)
         return f"{short(row['mean_equal'])}{spread}{stars:<3}"
 
+    position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
     comparison = lambda row: "–" if not row["compared"] else (
         f"{row['reference_better']}" + f"/{row['compared']}" * (row["compared"] < count))
-    position = lambda row: "–" if math.isnan(row["position"]) else f"{row['position']:.2f}"
-    tables = []
+    marked = lambda label: label + " †" * (cell[label, "mae"]["untrained"] > 0)
+    halves = [every[:10], every[10:]] * full
     for title, rows, parts, text in (
             ("mean over conditions, equal counts", labels, [FIRST_METRICS], value),
-            ("other metrics, equal counts", labels, [others[:7], others[7:]] if full else [], value),
+            ("other metrics, equal counts", labels, [others[:7], others[7:]] * full, value),
             ("position: 0 floor, 1 ceiling", methods, halves or [FIRST_METRICS], position),
             (f"of {count} conditions PT-RAG is better in", compared, halves * bool(compared), comparison)):
         for part in parts:
             tail = "   " * (text is value)  # room for three stars
-            tables.append([(title, [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part])])
-            for row in rows:
-                mark = " †" * (cell[row, part[0]]["untrained"] > 0)
-                tables[-1].append((row + mark, [text(cell[row, m]) for m in part]))
-    return tables
+            headings = [METRICS[m][0] + "!" * cell[CEILING, m]["narrow"] + tail for m in part]
+            yield [(title, headings), *((marked(row), [text(cell[row, m]) for m in part]) for row in rows)]
 
 
 def text_table(table):
@@ -679,23 +667,24 @@ def text_table(table):
 
 def footnotes(summary, reference):
     """What the marks of the table mean, those that occur; `reference`: the row others are tested against."""
-    most, untrained = (max(row[name] for row in summary) for name in ("conditions", "untrained"))
-    marks = {
-        f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions (unpaired, as "
-        "in the paper), Benjamini-Hochberg over the table": lambda row: row["p_adjusted"] <= 0.05,
-        "! the collapse stands above the ceiling: the metric rewards populations that are too narrow; not to "
-        "be trusted alone": lambda row: row["narrow"],
-        f"† one-hot, and in {untrained} conditions of a gene that no training condition perturbs: its column "
-        "is as it was before training": lambda row: row["untrained"],
-        "– as a position: the ceiling is not better than the floor, the metric cannot tell them apart here":
-            lambda row: math.isnan(row["position"]) and not math.isnan(row["mean_equal"]),
-        "± standard deviation over seeds; the value before it is their mean": lambda row: row["seeds"] > 1,
-        **{f"{METRICS[row['metric']][0]}: {row['conditions']} conditions count, the others have fewer than "
-           "two expressed differentially": bool for row in summary
-           if row["method"] == FLOOR and "_deg" in row["metric"] and row["conditions"] < most},
-        "tables: at equal counts; metrics.csv, and mean in summary.csv: of all cells, as other tools print":
-            bool}
-    return [text for text, occurs in marks.items() if any(map(occurs, summary))]
+    column = {name: np.array([row[name] for row in summary]) for name in summary[0]}
+    most, untrained = column["conditions"].max(), column["untrained"].max()
+    marks = [
+        (column["p_adjusted"] <= 0.05,
+         f"* ** *** differs from {reference}, p <= .05 .01 .001: Mann-Whitney U over conditions (unpaired, "
+         "as in the paper), Benjamini-Hochberg over the table"),
+        (column["narrow"], "! the collapse stands above the ceiling: the metric rewards populations that are "
+         "too narrow; not to be trusted alone"),
+        (column["untrained"], f"† one-hot, and in {untrained} conditions of a gene that no training "
+         "condition perturbs: its column is as it was before training"),
+        (np.isnan(column["position"]) & ~np.isnan(column["mean_equal"]),
+         "– as a position: the ceiling is not better than the floor, the metric cannot tell them apart here"),
+        (column["seeds"] > 1, "± standard deviation over seeds; the value before it is their mean")]
+    fewer = [f"{METRICS[row['metric']][0]}: {row['conditions']} conditions count, the others have fewer than "
+             "two expressed differentially" for row in summary
+             if row["method"] == FLOOR and "_deg" in row["metric"] and row["conditions"] < most]
+    return [text for occurs, text in marks if occurs.any()] + fewer + [
+        "tables: at equal counts; metrics.csv, and mean in summary.csv: of all cells, as other tools print"]
 
 
 # -------------------------------------------------------------------------------------------------- report
@@ -739,27 +728,28 @@ def strips(results, summary):
     """Per metric and row, where each condition stands: (value - its floor) / mean(ceiling - floor), so that
     the mean, a bar, is the row's position in the table."""
     cell = {(row["method"], row["metric"]): row for row in summary}
-    labels, figures = [label for label in results.labels if label not in ANCHORS], []
+    labels = [label for label in results.labels if label not in ANCHORS]
     every = -(-len(results.conditions) * len(METRICS) * len(labels) // 9000)
-    names = [(-row, label) for row, label in enumerate(labels)][::-1]
-    ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")], [(0.5 - len(labels), ""), *names, (0.5, "")]
+    names = [(-row, label) for row, label in enumerate(labels)]
+    x_ticks = [(-1, ""), (0, "floor"), (1, "ceiling"), (2, "")]
+    y_ticks = [(0.5 - len(labels), ""), *names[::-1], (0.5, "")]
     for metric, (heading, _) in METRICS.items():
-        anchor, series = cell[labels[0], metric], []
-        for y, label in reversed(names):
-            gain = average(results.values(label, metric), 0) - results.values(FLOOR, metric)[0]
+        anchor, floor, series = cell[labels[0], metric], results.values(FLOOR, metric)[0], []
+        if math.isnan(anchor["position"]):  # the ceiling is not better than the floor
+            continue
+        for y, label in names:
+            gain = average(results.values(label, metric), 0) - floor
             x = (gain / (anchor["ceiling"] - anchor["floor"]))[::every]
             colour = "var(--c0)" if label == (results.reference or labels[-1]) else "var(--base)"
             bar = [cell[label, metric]["position"]] * 2, [y - 0.4, y + 0.4]
             series += [("", colour, "dots", x, [y] * len(x)), ("", "currentColor", "curve", *bar)]
-        if not math.isnan(anchor["position"]):  # else the ceiling is not better than the floor
-            title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
-            figures.append(figure(title, series, *ticks, height=15 * len(labels)))
-    return figures
+        title = heading + "  (! rewards narrow populations)" * anchor["narrow"]
+        yield figure(title, series, x_ticks, y_ticks, height=15 * len(labels))
 
 
 def training_figures(log):
     """Energy, validation and selection over the steps; one colour per row, one line per seed."""
-    labels, figures = list(dict.fromkeys(row["label"] for row in log)), []
+    labels = list(dict.fromkeys(row["label"] for row in log))
     for column, title in (("energy", "energy distance of training sets"), ("validation", "validation"),
                           ("sparsity", "selection probability: share of candidates selected")):
         series, known = [], [row for row in log if 0 < row[column] < math.inf]
@@ -767,11 +757,10 @@ def training_figures(log):
             points = zip(*((row["step"], row[column]) for row in rows[::-(-len(rows) // 150)]))
             series.append((label, f"var(--c{labels.index(label) % 6})", "curve", *points))
         if known:
-            steps, values = zip(*((row["step"], row[column]) for row in known))
+            last, values = max(row["step"] for row in known), [row[column] for row in known]
             ends = (0, 1) if column == "sparsity" else (min(values), np.quantile(values, 0.98))
             y_ticks = [(v, short(v)) for v in np.linspace(*ends, 5).tolist()]
-            figures.append(figure(title, series, [(0, "0"), (max(steps), f"step {max(steps):.0f}")], y_ticks))
-    return figures
+            yield figure(title, series, [(0, "0"), (last, f"step {last:.0f}")], y_ticks)
 
 
 def selection_tables(candidates):
@@ -791,17 +780,16 @@ def selection_tables(candidates):
 def scatters(results):
     """Real, predicted and control cells in two components: a strong, a middling and a weak perturbation."""
     effect = np.nan_to_num(results.values(FLOOR, "energy", ALL_CELLS)[0])
-    order, figures = np.argsort(-effect, kind="stable"), []
+    order, kinds = np.argsort(-effect, kind="stable"), ("control", "real", "predicted")
     for i in dict.fromkeys(order[[len(order) // 10, len(order) // 2, len(order) * 9 // 10]].tolist()):
         condition = results.conditions[i]
         every = np.concatenate(condition.points)
         if every.shape[1] == 2:
-            kinds = ("control", "var(--base)"), ("real", "var(--c1)"), ("predicted", "var(--c0)")
-            series = [(*kind, "dots", *points.T) for kind, points in zip(kinds, condition.points)]
+            series = [(kind, f"var(--{colour})", "dots", *points.T)
+                      for kind, colour, points in zip(kinds, ("base", "c1", "c0"), condition.points)]
             ticks = [[(low, ""), (high, "")] for low, high in zip(every.min(0), every.max(0))]
             title = f"{': '.join(condition.names)} (floor energy {short(effect[i])})"
-            figures.append(figure(title, series, *ticks, 300, 210))
-    return figures
+            yield figure(title, series, *ticks, 300, 210)
 
 
 def write_report(path, title, results, summaries, retrieval, candidates, log):
@@ -867,39 +855,38 @@ def write_predictions(folder, models, dataset, split, config):
     data.write_csv(folder / "retrieval.csv", RETRIEVAL_COLUMNS, report)
 
 
-def read_predictions(path, dataset, max_cells, seed, say=data.say, **columns):
+def read_predictions(path, dataset, max_cells, seed, **columns):
     """Predictions of an AnnData file, left on disk: a `Contender` for each obs method and seed, one where
     there are no such columns; the names of their conditions; notes. columns: see `data.load`."""
-    predicted = data.load(path, predicted=True, need_embeddings=False, say=say, **columns)
+    predicted = data.load(path, predicted=True, need_embeddings=False, **columns)
     expression, notes = data.align_genes(predicted, dataset.genes)
     codes, contenders = {names_of(predicted, pair): pair for pair in predicted.conditions()}, []
-    obs = {name: np.full(len(predicted.cell_line), value)
-           for name, value in (("method", "prediction"), ("seed", ""), ("nothing_selected", ""))}
+    obs = dict(method="prediction", seed="", nothing_selected="")
+    obs = {name: np.full(len(predicted.cell_line), value, object) for name, value in obs.items()}
     with contextlib.suppress(data.DataError):
         obs = data.read_obs(path, list(obs))
-    method, number = (np.unique(obs[name], return_inverse=True)[1] for name in ("method", "seed"))
-    model = method * len(method) + number
-    for first in np.sort(np.unique(model, return_index=True)[1]):
-        name, number = (str(obs[column][first]) for column in ("method", "seed"))
+    _, first, model = np.unique(obs["method"] + "\n" + obs["seed"], return_index=True, return_inverse=True)
+    for code in np.argsort(first):  # in the order of the file
+        name, number, _ = (str(column[first[code]]) for column in obs.values())
 
-        def cells(condition, own=model[first], who=f"{name}, seed {number}"):
+        def cells(condition, code=code, who=f"{name}, seed {number}"):
             names = names_of(dataset, condition)
             rows = predicted.cells(*codes[names]) if names in codes else np.array([], int)
-            rows = rows[model[rows] == own]
+            rows = rows[model[rows] == code]
             ptrag.require(len(rows), f"{path}: no cells of {data.listed(names)} by {who}; train it again")
-            return expression(rows[seeded_subset(names, len(rows), min(len(rows), max_cells), seed)])
+            return expression(divide(names, rows, min(len(rows), max_cells), seed)[1])
 
-        nothing = [float(share or "nan") for share in obs["nothing_selected"][model == model[first]]]
-        contenders.append(Contender(name, number, cells, float(average(np.array(nothing)))))
+        nothing = [float(share or "nan") for share in obs["nothing_selected"][model == code]]
+        contenders.append(Contender(name, number, cells, float(average(nothing))))
     return contenders, set(codes), notes
 
 
-def read_run(folder, config, prefix, dataset, split, say=data.say):
+def read_run(folder, config, prefix, dataset, split):
     """Contenders and notes of a run as in `read_predictions`; rows of retrieval.csv and of log.csv: dicts
     with label, split and share of cells that select nothing, numbers as float, nan where empty."""
     path, tables = folder / "predictions.h5ad", []
     ptrag.require(path.exists(), f"{path}: no such file; the run was not finished (go on with --resume)")
-    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed, say)
+    contenders, _, notes = read_predictions(path, dataset, config.max_cells, config.seed)
     empty = {(contender.label, contender.seed): contender.empty for contender in contenders}
     tested = {names_of(dataset, condition) for condition in split.test}
     for name, numbers in (("retrieval.csv", ["probability", "selected"]),
@@ -925,7 +912,7 @@ def read_run(folder, config, prefix, dataset, split, say=data.say):
 def runs_by_split(folders):
     """Split -> its runs: (folder, config, what stands before the labels: nothing if all are one model)."""
     configs = [ptrag.read_config(folder) for folder in folders]
-    models, runs, ours = {}, {}, asdict(configs[0])
+    models, runs, ours = {}, {}, asdict(configs[0])  # models: settings -> split -> (folder, config)
     for folder, config in zip(folders, configs):
         theirs = asdict(config)
         for name in ("data", "genept", "seed", "max_cells", "hvg"):
@@ -935,14 +922,14 @@ def runs_by_split(folders):
         while config.split in models.setdefault(model, {}):
             model += "again",  # the same model on the same split: side by side
         models[model][config.split] = folder, config
-    unique, (first, *_) = len({folder.name for folder in folders}) == len(folders), models.values()
+    unique, pooled = len({folder.name for folder in folders}) == len(folders), [*models.values()][0].keys()
     for of_split in models.values():
-        (head, config), *_ = of_split.values()
+        folder, config = [*of_split.values()][0]
         differs = data.listed(name for name, value in asdict(config).items() if value != ours[name])
-        ptrag.require(of_split.keys() == first.keys(),
-                      f"{head}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
+        ptrag.require(of_split.keys() == pooled,
+                      f"{folder}: differs from {folders[0]} in {differs}; runs are pooled if they differ in "
                       "the split alone, and side by side if they have the same")
-        prefix = f"{head.name if unique else head}/" * (len(models) > 1)
+        prefix = f"{folder.name if unique else folder}/" * (len(models) > 1)
         for split, run in of_split.items():
             runs.setdefault(split, []).append((*run, prefix))
     return runs
@@ -950,7 +937,7 @@ def runs_by_split(folders):
 
 # -------------------------------------------------------------------------------------------- command line
 
-def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, full=False):
+def evaluate_runs(folders, dataset=None, split=None, out=None, full=False):
     """Evaluates the predictions of one run, or of several, pooled or side by side: the rows of summary.csv.
     Writes metrics.csv, summary.csv, report.html (pooled: lines.csv too, the summary of each cell line) to
     `out` (the run's folder; for several a folder A+B beside the first) and prints the table, all of it with
@@ -965,33 +952,32 @@ def evaluate_runs(folders, dataset=None, split=None, out=None, say=data.say, ful
         elif tasks:
             split = data.split(dataset, rule, config.seed)
         for run in runs:
-            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split, say)):
+            for kept, new in zip((contenders, said, candidates, log), read_run(*run, dataset, split)):
                 kept += new
-        fitted, cut = split.train + split.validation, (config.seed, config.max_cells)
-        controls = control_moments(dataset, [line for line, _ in fitted + split.test], config.seed)
-        responses = mean_responses(dataset, fitted + split.test, controls, *cut)
-        known = [{c: responses[c] for c in part} for part in (split.train, split.validation)]
-        baselines, more = baseline_responses(dataset, split.test, *known, config.top_k)
+        parts, cut = (split.train, split.validation, split.test), (config.seed, config.max_cells)
+        controls = control_moments(dataset, [line for line, _ in sum(parts, [])], config.seed)
+        trained, validated, tested = (mean_responses(dataset, part, controls, *cut) for part in parts)
+        baselines, more = baseline_responses(dataset, split.test, trained, validated, config.top_k)
         results = measure(dataset, split.test, contenders, baselines, controls, *cut)
-        trained = {dataset.perturbations[p] for _, p in split.train}
-        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in trained)
+        genes = {dataset.perturbations[p] for _, p in split.train}
+        conditions += [measured._replace(split=rule, untrained=measured.names[1] not in genes)
                        for measured in results.conditions]
         notes += [f"{rule}: " * (len(splits) > 1) + note for note in (*results.notes, *said, *more)]
         name = config.test_pool or config.pool
         pool = {dataset.perturbations[p] for p in ptrag.pool_of(name, dataset, split)}
-        tasks[rule] = responses, pool, name
+        tasks[rule] = trained | validated | tested, pool, name
     results = Results(conditions, notes)
     retrieval = describe_retrieval(dataset, results, candidates, tasks)
     out = Path(out or folders[0].parent / "+".join(folder.name for folder in folders))
-    return write_outputs(results, out, dataset.name, say, full, retrieval, candidates, log)
+    return write_outputs(results, out, dataset.name, full, retrieval, candidates, log)
 
 
-def evaluate_files(options, say=data.say):
+def evaluate_files(options):
     """Evaluates anyone's predicted cells against real ones, both AnnData files: the rows of summary.csv."""
     columns = {name: getattr(options, name) for name in ("control", *ptrag.COLUMNS)}
-    real = data.load(options.real, hvg=options.hvg, need_embeddings=False, say=say, **columns)
+    real = data.load(options.real, hvg=options.hvg, need_embeddings=False, **columns)
     pred, seed, most = options.pred, options.seed, options.max_cells
-    contenders, theirs, notes = read_predictions(pred, real, most, seed, say, **columns)
+    contenders, theirs, notes = read_predictions(pred, real, most, seed, **columns)
     ours = {names_of(real, condition): condition for condition in real.conditions()}
     theirs = {names for names in theirs if names[1] != real.perturbations[0]}
     conditions = sorted(ours[names] for names in theirs & set(ours))
@@ -1005,10 +991,10 @@ def evaluate_files(options, say=data.say):
     controls = control_moments(real, [line for line, _ in conditions], seed)
     results = measure(real, conditions, contenders, {}, controls, seed, most)
     results.notes += real.notes + notes
-    return write_outputs(results, Path(options.out), f"{pred} against {options.real}", say)
+    return write_outputs(results, Path(options.out), f"{pred} against {options.real}")
 
 
-def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(), log=()):
+def write_outputs(results, out, name, full=True, retrieval=(), candidates=(), log=()):
     """Writes the files and prints the tables: the rows of summary.csv. name: what the cells are from."""
     conditions, splits = results.conditions, dict.fromkeys(c.split for c in results.conditions if c.split)
     seeds = dict.fromkeys(seed for _, seed in results.rows if seed)
@@ -1034,26 +1020,27 @@ def write_outputs(results, out, name, say, full=True, retrieval=(), candidates=(
                        [[line, *row.values()] for line, found in summaries[1:] for row in found])
     write_report(out / "report.html", title, results, summaries, retrieval, candidates, log)
     wrap = textwrap.TextWrapper(140, "", "  ", break_long_words=False, break_on_hyphens=False).fill
-    say(wrap(title))
+    data.say(wrap(title))
     for line, rows in summaries:
         for table in make_tables(rows, full and not line):
-            say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
+            data.say(f"\n{line}\n{text_table(table)}" if line else f"\n{text_table(table)}")
+    notes = footnotes(summary, results.reference) + results.notes + [*retrieval]
+    data.say("\n".join(["", *map(wrap, notes)]))
     said = "everything" if full else "the other metrics, significance and figures"
-    say("\n" + "\n".join(map(wrap, [*footnotes(summary, results.reference), *results.notes, *retrieval])))
-    say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
+    data.say(f"{said}: {out}/metrics.csv, summary.csv, report.html" + ", lines.csv" * pooled)
     return summary
 
 
-def export(folder, out, say=data.say):
+def export(folder, out):
     """Writes a run's cells as cell-eval reads them, its split as cell-load and --split do."""
-    config, written = ptrag.read_config(folder), []
+    config, paths = ptrag.read_config(folder), []
     dataset, split = ptrag.open_data(config)
     conditions = [(line, 0) for line in sorted({line for line, _ in split.test})] + split.test
     names = [(dataset.perturbations[p] if p else "non-targeting", dataset.cell_lines[line])
              for line, p in conditions]
     pick = lambda c: data.evaluation_cells(dataset, c, config.seed, config.max_cells)[0]
     real = lambda c: dataset.expression[pick(c) if c[1] else dataset.cells(*c)]  # all of the control cells
-    contenders, *_ = read_run(folder, config, "", dataset, split, say)
+    contenders, *_ = read_run(folder, config, "", dataset, split)
     out.mkdir(parents=True, exist_ok=True)
     for method, seed, predicted, _ in [Contender("real", "", real), *contenders]:
         cells = lambda c: (predicted if c[1] else real)(c)
@@ -1062,10 +1049,10 @@ def export(folder, out, say=data.say):
         blocks = ((place, {"X": np.minimum(cells(c), HIGHEST)}) for place, c in zip(rows, conditions))
         obs = dict(zip(("target_gene", "cell_type"), np.repeat(names, sizes, axis=0).T.tolist()))
         about = {"units": data.UNITS, "data": dataset.name, "split": config.split, "model": method}
-        written.append(out / f"{method}{seed and '-'}{seed}.h5ad")
-        data.write_anndata(written[-1], dataset.genes, obs, blocks, sum(sizes), about)
+        paths.append(out / f"{method}{seed and '-'}{seed}.h5ad")
+        data.write_anndata(paths[-1], dataset.genes, obs, blocks, sum(sizes), about)
         if sum(above):
-            say(f"{written[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
+            data.say(f"{paths[-1]}: {sum(above)} values above log1p(10,000), which no cell has, are clipped")
     text = f'[datasets]\ndata = {json.dumps(str(Path(config.data).parent))}\n\n[training]\ndata = "train"\n'
     for line in sorted({line for line, _ in split.validation + split.test}):
         text += f"\n[fewshot.{json.dumps('data.' + dataset.cell_lines[line])}]\n"
@@ -1074,9 +1061,10 @@ def export(folder, out, say=data.say):
             text += f"{part} = {json.dumps(genes)}\n"
     with data.atomic_output(out / "split.toml") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
-    say(f"wrote {data.listed(written, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
-    for path in written[1:]:
-        say(f"cell-eval run -ap {path} -ar {written[0]} --celltype-col cell_type -o {path.with_suffix('')}")
+    data.say(f"wrote {data.listed(paths, 100)} and {out}/split.toml; to compare (cell-eval 0.8 and newer):")
+    for path in paths[1:]:
+        stem = path.with_suffix("")
+        data.say(f"cell-eval run -ap {path} -ar {paths[0]} --celltype-col cell_type -o {stem}")
 
 
 def run(arguments):
