@@ -434,7 +434,7 @@ def test_a_config_that_is_damaged_or_contradicts_the_model_is_refused(copy, refu
     for text in [*texts, *(json.dumps({**config, **change}) for change in changes)]:
         path.write_text(text, encoding="latin-1")
         for command in (f"{RESUME} --steps 9", PREDICT):
-            refused(copy, command, words=["runs/m/config.json"], changed=["config.json"])
+            refused(copy, command, words=["runs/m/config.json"])
 
 
 def test_help_lists_every_option_with_a_line_in_groups(capsys, monkeypatch):
