@@ -607,8 +607,9 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
     if isinstance(perturbation, str):
-        require_known(perturbation, model.perturbations, f"{perturbation} is unknown; see add_perturbations")
-        perturbation = model.perturbations.index(perturbation)
+        gene, known = perturbation, model.perturbations
+        require(gene in known, f"{gene} is unknown; see add_perturbations", gene, known)
+        perturbation = known.index(gene)
     n, device, S = len(control), model.output.weight.device, set_size or model.config.cells
     control = np.asarray(control, np.float32)
     gem_group = np.zeros(n, int) if gem_group is None else np.asarray(gem_group, int)
@@ -657,15 +658,9 @@ def used_candidates(model, gene, probability=None):
     return dict(candidates=[model.perturbations[i] for i in found], similarity=similarity, probability=mean)
 
 
-def require(fact, message):
-    """Raises InputError with the message unless the fact is one."""
+def require(fact, message, name="", known=()):
+    """Raises InputError with the message, and the known names closest to the name, unless the fact is one."""
     if not fact:
-        raise InputError(message)
-
-
-def require_known(name, known, message):
-    """As `require`, unless the name is known; the message ends with the known names closest to it, if any."""
-    if name not in known:
         lower = {k.lower(): k for k in known}
         close = ", ".join(lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3))
         raise InputError(f"{message} (did you mean {close}?)" if close else message)
@@ -765,12 +760,13 @@ def check(config):
         require(type(value) is kind or (kind, type(value)) == (float, int), f"{must} {kind.__name__}")
         if limits and kind is str:
             for word in value.split(",") if f.name == "method" else [value]:
-                require_known(word, limits, f"{must} one of {', '.join(filter(None, limits))}")
+                require(word in limits, f"{must} one of {', '.join(filter(None, limits))}", word, limits)
         elif limits:  # nan is not between them, either
             require(limits[0] <= value <= limits[1], f"{must} from {limits[0]:,} to {limits[1]:,}")
     for names in (config.method, config.seeds, config.predict):
         require(len(set(names.split(","))) == names.count(",") + 1, f"{names}: one is given twice")
-    require(re.fullmatch("({0}(,{0})*)?".format("(0|[1-9][0-9]{0,8})"), config.seeds),
+    number = "(0|[1-9][0-9]{0,8})"
+    require(not config.seeds or re.fullmatch(f"{number}(,{number})*", config.seeds),
             f"--seeds {config.seeds}: must be whole numbers separated by commas, as in 0,1,2")
     require(config.head_dim % 2 == 0 or not config.rotary, "--head-dim: must be even with --rotary")
     require(not config.hard_negatives or config.candidates == "nearest",
@@ -802,11 +798,12 @@ def configure(arguments):
         words = "|".join(filter(None, limits)) if kind is str else None
         value = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": words or None}
         text += f" (default {f.default})" if f.default not in ("", False) else ""
-        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=text, **value)
+        names = (flag(f.name), "-o") if f.name == "output" else (flag(f.name),)
+        group.add_argument(*names, help=text, **value)
     parser.error = lambda message: require(False, message)
     given, unknown = parser.parse_known_args(arguments)
     for word in unknown:
-        require_known(word, [flag(f.name) for f in fields(Config)], f"unknown option {word}; see --help")
+        require(False, f"unknown option {word}; see --help", word, [flag(f.name) for f in fields(Config)])
     given = vars(given)
     for name in given.keys() & {"method", "seeds", "predict"}:  # lists, which may have spaces
         given[name] = ",".join(map(str.strip, given[name].split(",")))
@@ -881,8 +878,8 @@ def open_data(config, need_split=True):
     """The Dataset, without `data` the simulation, and the Split of a configuration (None if not needed)."""
     import data
     options = {name: getattr(config, name) for name in ("genept", "control", "hvg", *COLUMNS)}
-    dataset = data.simulate(config.seed) if not config.data else data.load(
-        config.data, need_embeddings=need_split, **options)
+    dataset = (data.load(config.data, need_embeddings=need_split, **options) if config.data
+               else data.simulate(config.seed))
     return dataset, data.split(dataset, config.split, config.seed) if need_split else None
 
 
@@ -1088,8 +1085,8 @@ def open_prediction(config):
     genes = known if config.predict == "all" else config.predict.split(",")
     new = [gene for gene in genes if gene not in known]
     for gene in new:
-        require_known(gene, [*known, *embedded], f"--predict {gene}: no embedding in the model or in "
-                      f"{dataset.name}; --genept FILE adds some")
+        require(gene in embedded, f"--predict {gene}: no embedding in the model or in {dataset.name}; "
+                "--genept FILE adds some", gene, [*known, *embedded])
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
     return model, genes, dataset, [source.data, source.genept, *Path(config.model).glob("*")]
@@ -1116,16 +1113,17 @@ def run_prediction(config):
     def blocks():
         for number, gene in enumerate(genes):
             cells, probability = predict(model, control, gene, gem_group, seed=config.seed)
-            neighbours[gene] = used_candidates(model, gene, probability)
-            change, (names, _, use) = cells.mean(0) - control.mean(0), neighbours[gene].values()  # (G,), (K,)
-            most, best = (np.argsort(-x, kind="stable")[:10] for x in (np.abs(change), np.nan_to_num(use)))
+            neighbours[gene] = used = used_candidates(model, gene, probability)
+            change, names, use = cells.mean(0) - control.mean(0), used["candidates"], used["probability"]
+            most = np.argsort(-np.abs(change), kind="stable")[:10]
             changes = ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most)
             data.say(f"{gene} in {line}\n  changes most (mean log1p): {changes}")
             if impossible := (cells > math.log1p(10_000)).sum():
                 data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
             if names:
-                shown = [f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best]
-                data.say(f"  neighbours used (probability): {', '.join(shown)}")
+                best = np.argsort(-np.nan_to_num(use), kind="stable")[:10]
+                shown = ", ".join(f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best)
+                data.say(f"  neighbours used (probability): {shown}")
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 
     obs = {"perturbation": np.repeat(genes, n).tolist(), "control_cell": np.tile(rows, len(genes)),
