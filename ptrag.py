@@ -682,7 +682,7 @@ PRESETS = {"paper-cell-line": dict(PAPER, top_k=32, pool="full"),
 COLUMNS = "perturbation_column", "cell_line_column", "batch_column"
 FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
                   "threads", "data", "genept", "control", *COLUMNS}
-FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
+FOR_RESUMING = {"steps", "device", "threads", "checkpoint_every", "compile"}
 LOG_COLUMNS = "method", "seed", "step", "loss", "energy", "sparsity", "validation"
 POOLS, SELECT = ("train", "trainval", "full"), ("expected", "threshold", "sample", "all")
 
@@ -808,12 +808,12 @@ def configure(arguments):
     for name in given.keys() & {"method", "seeds", "predict"}:  # lists, which may have spaces
         given[name] = ",".join(map(str.strip, given[name].split(",")))
     if "resume" in given:
-        folder, stored = Path(given["resume"]), read_config(given["resume"])
+        stored = read_config(folder := Path(given.pop("resume")))
         for name, value in given.items():
             before = getattr(stored, name)
             require(name in FOR_RESUMING and (name != "steps" or value >= before) or value == before,
                     f"{folder}: cannot be resumed with {flag(name)} {before} -> {value}")
-        return check(replace(stored, **{**given, "resume": ""})), folder
+        return check(replace(stored, **given)), folder
     predicts = "predict" in given
     for name, value in given.items():
         fits = name in FOR_PREDICTION if predicts else name not in ("cell_line", "model", "output")
@@ -1078,7 +1078,7 @@ def open_prediction(config):
     model = load(config.model, method).to(device_of(config))
     model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
     source = replace(config, hvg=10**6) if config.data else stored  # all its genes, the model's among them
-    kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""
+    kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""  # it may be gone
     source = check(replace(source, genept=config.genept or kept))
     dataset, _ = open_data(source, need_split=not config.data)
     known, embedded = model.perturbations[1:], dict(zip(dataset.embedding_genes, dataset.embeddings))

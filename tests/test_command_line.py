@@ -140,7 +140,7 @@ def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_an
 
 
 @pytest.mark.parametrize("left, step, said", [
-    (3000, 1e-3, ""), (7200, 1e-3, ".*2.0 hours; less: --steps.*\n"), (9, 0.5, "2 threads .*--threads 1.*\n")])
+    (3000, 1e-3, ""), (7200, 1e-3, ".*2.0 hours; less: --steps.*\n"), (9, 1, "2 threads .*--threads 1.*\n")])
 def test_a_long_run_and_one_that_busy_cores_slow_down_are_told_what_helps(left, step, said, capsys):
     torch.set_num_threads(2)
     ptrag.advise(step, left, lambda: time.sleep(0.01), torch.device("cpu"))
