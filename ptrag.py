@@ -817,8 +817,7 @@ def configure(arguments):
     predicts = "predict" in given
     for name, value in given.items():
         fits = name in FOR_PREDICTION if predicts else name not in ("cell_line", "model", "output")
-        does = "does not go" if predicts else "goes"
-        require(fits, f"{flag(name)} {value}: {does} with --predict GENE,GENE")
+        require(fits, f"{flag(name)} {value}: goes {'without' if predicts else 'with'} --predict GENE,GENE")
     defaults = {"cells": 500} if predicts else {} if "data" in given else DEMO
     return check(replace(Config(), **{**defaults, **PRESETS.get(given.get("preset"), {}), **given})), None
 
@@ -946,8 +945,8 @@ def advise(step, left, forward, device):
     step, left: seconds of a step, and to go; forward: passes a batch through the model, without gradient."""
     import data
     if left > 3600:
-        data.say(f"all methods together train for {left / 3600:.1f} hours; less: --steps, --method, --seeds, "
-                 "--sets, --cells, --top-k, --hidden, --layers, --feed-forward")
+        data.say(f"at this speed all methods together train for {left / 3600:.1f} hours; less: --steps, "
+                 "--method, --seeds, --sets, --cells, --top-k, --hidden, --layers, --feed-forward")
     if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
         torch.set_num_threads(1)
         slower = step / (3 * timeit.timeit(forward, number=1))  # forward and backward are three times that
@@ -996,10 +995,9 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
             data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             data.write_csv(folder / "log.csv", LOG_COLUMNS, log)
-            identity = data.fingerprint(dataset, split)
-            save_tensors(folder / f"checkpoint-{name}.pt", format="checkpoint", fingerprint=identity,
-                         **vars(progress), log=log[before:], model=model.state_dict(),
-                         optimizer=optimizer.state_dict())
+            save_tensors(folder / f"checkpoint-{name}.pt", format="checkpoint", **vars(progress),
+                         fingerprint=data.fingerprint(dataset, split), log=log[before:],
+                         model=model.state_dict(), optimizer=optimizer.state_dict())
         if stopping:
             raise KeyboardInterrupt
     return model

@@ -112,7 +112,7 @@ def test_without_data_all_methods_are_trained_on_a_simulation_that_is_called_so(
     rows = {line.split()[0] for line in printed.splitlines() if line}
     assert {*ptrag.METHODS, "no", "other"} <= rows  # "no change", "other real half"
     assert all(heading in printed for heading in ("W1", "W2", "SW1", "SW2", "energy", "r delta"))
-    assert re.search(r"step 2/2 .* cells/s +0:00:00 left", printed)
+    assert re.search(r"step 1/2 .* 0:00:\d\d left\n(.*\n)*.* step 2/2 .* cells/s +0:00:00 left", printed)
 
 
 def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_and_predictions(made):
