@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import io
 import json
 import math
 import os
@@ -606,8 +607,9 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
     if isinstance(perturbation, str):
-        require_known(perturbation, model.perturbations, f"{perturbation} is unknown; see add_perturbations")
-        perturbation = model.perturbations.index(perturbation)
+        gene, known = perturbation, model.perturbations
+        require(gene in known, f"{gene} is unknown; see add_perturbations", gene, known)
+        perturbation = known.index(gene)
     n, device, S = len(control), model.output.weight.device, set_size or model.config.cells
     control = np.asarray(control, np.float32)
     gem_group = np.zeros(n, int) if gem_group is None else np.asarray(gem_group, int)
@@ -629,8 +631,8 @@ def predict_conditions(model, dataset, conditions, config):
     for number, condition in enumerate(conditions):
         real, rows = data.evaluation_cells(dataset, condition, config.seed, config.max_cells, config.cells)
         control, gem_group, n = dataset.expression[rows], dataset.gem_group[rows], len(real)
-        made = predict(model, control, condition[1], gem_group, seed=(config.seed, number))
-        yield condition, rows[:n], Prediction(*(part[:n] for part in made if part is not None))
+        cells, used = predict(model, control, condition[1], gem_group, seed=(config.seed, number))
+        yield condition, rows[:n], Prediction(cells[:n], None if used is None else used[:n])
 
 
 def add_perturbations(model, names, embeddings):
@@ -656,18 +658,12 @@ def used_candidates(model, gene, probability=None):
     return dict(candidates=[model.perturbations[i] for i in found], similarity=similarity, probability=mean)
 
 
-def require(fact, message):
-    """Raises InputError with the message unless the fact is one."""
+def require(fact, message, name="", known=()):
+    """Raises InputError with the message, and the known names closest to the name, unless the fact is one."""
     if not fact:
-        raise InputError(message)
-
-
-def require_known(name, known, message):
-    """As `require`, unless the name is known; the message ends with the known names closest to it, if any."""
-    if name not in known:
         lower = {k.lower(): k for k in known}
-        close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3)]
-        raise InputError(message + f" (did you mean {', '.join(close)}?)" * bool(close))
+        close = ", ".join(lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3))
+        raise InputError(f"{message} (did you mean {close}?)" if close else message)
 
 
 # ---- Settings: every field is an option of the command line --------------------------------------
@@ -686,7 +682,7 @@ PRESETS = {"paper-cell-line": dict(PAPER, top_k=32, pool="full"),
 COLUMNS = "perturbation_column", "cell_line_column", "batch_column"
 FOR_PREDICTION = {"predict", "cell_line", "cells", "model", "output", "method", "select", "seed", "device",
                   "threads", "data", "genept", "control", *COLUMNS}
-FOR_RESUMING = {"resume", "steps", "device", "threads", "checkpoint_every", "compile"}
+FOR_RESUMING = {"steps", "device", "threads", "checkpoint_every", "compile"}
 LOG_COLUMNS = "method", "seed", "step", "loss", "energy", "sparsity", "validation"
 POOLS, SELECT = ("train", "trainval", "full"), ("expected", "threshold", "sample", "all")
 
@@ -764,12 +760,13 @@ def check(config):
         require(type(value) is kind or (kind, type(value)) == (float, int), f"{must} {kind.__name__}")
         if limits and kind is str:
             for word in value.split(",") if f.name == "method" else [value]:
-                require_known(word, limits, f"{must} one of {', '.join(filter(None, limits))}")
+                require(word in limits, f"{must} one of {', '.join(filter(None, limits))}", word, limits)
         elif limits:  # nan is not between them, either
             require(limits[0] <= value <= limits[1], f"{must} from {limits[0]:,} to {limits[1]:,}")
     for names in (config.method, config.seeds, config.predict):
         require(len(set(names.split(","))) == names.count(",") + 1, f"{names}: one is given twice")
-    require(re.fullmatch("({0}(,{0})*)?".format("(0|[1-9][0-9]{0,8})"), config.seeds),
+    number = "(0|[1-9][0-9]{0,8})"
+    require(not config.seeds or re.fullmatch(f"{number}(,{number})*", config.seeds),
             f"--seeds {config.seeds}: must be whole numbers separated by commas, as in 0,1,2")
     require(config.head_dim % 2 == 0 or not config.rotary, "--head-dim: must be even with --rotary")
     require(not config.hard_negatives or config.candidates == "nearest",
@@ -801,26 +798,28 @@ def configure(arguments):
         words = "|".join(filter(None, limits)) if kind is str else None
         value = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": words or None}
         text += f" (default {f.default})" if f.default not in ("", False) else ""
-        group.add_argument(flag(f.name), *["-o"] * (f.name == "output"), help=text, **value)
+        names = (flag(f.name), "-o") if f.name == "output" else (flag(f.name),)
+        group.add_argument(*names, help=text, **value)
     parser.error = lambda message: require(False, message)
     given, unknown = parser.parse_known_args(arguments)
     for word in unknown:
-        require_known(word, [flag(f.name) for f in fields(Config)], f"unknown option {word}; see --help")
+        require(False, f"unknown option {word}; see --help", word, [flag(f.name) for f in fields(Config)])
     given = vars(given)
     for name in given.keys() & {"method", "seeds", "predict"}:  # lists, which may have spaces
         given[name] = ",".join(map(str.strip, given[name].split(",")))
     if "resume" in given:
-        folder, stored = Path(given["resume"]), read_config(given["resume"])
+        stored = read_config(folder := Path(given.pop("resume")))
         for name, value in given.items():
             before = getattr(stored, name)
             require(name in FOR_RESUMING and (name != "steps" or value >= before) or value == before,
                     f"{folder}: cannot be resumed with {flag(name)} {before} -> {value}")
-        return check(replace(stored, **{**given, "resume": ""})), folder
+        return check(replace(stored, **given)), folder
+    predicts = "predict" in given
     for name, value in given.items():
-        fits = name in FOR_PREDICTION if "predict" in given else name not in ("cell_line", "model", "output")
-        require(fits, f"{flag(name)} {value}: goes with{'out' * ('predict' in given)} --predict GENE,GENE")
-    start = {"cells": 500} if "predict" in given else {} if "data" in given else DEMO
-    return check(replace(Config(), **{**start, **PRESETS.get(given.get("preset"), {}), **given})), None
+        fits = name in FOR_PREDICTION if predicts else name not in ("cell_line", "model", "output")
+        require(fits, f"{flag(name)} {value}: goes {'without' if predicts else 'with'} --predict GENE,GENE")
+    defaults = {"cells": 500} if predicts else {} if "data" in given else DEMO
+    return check(replace(Config(), **{**defaults, **PRESETS.get(given.get("preset"), {}), **given})), None
 
 
 # ---- Runs: files, training with checkpoints, predicting ------------------------------------------
@@ -843,7 +842,6 @@ def load_tensors(path, kind):
 def save_tensors(path, **content):
     """A file for `load_tensors`, atomically; made in memory, where torch cannot trip over a full disk."""
     import data
-    import io
     torch.save(content, buffer := io.BytesIO())
     with data.atomic_output(path) as temporary:
         Path(temporary).write_bytes(buffer.getvalue())
@@ -879,8 +877,8 @@ def open_data(config, need_split=True):
     """The Dataset, without `data` the simulation, and the Split of a configuration (None if not needed)."""
     import data
     options = {name: getattr(config, name) for name in ("genept", "control", "hvg", *COLUMNS)}
-    dataset = data.simulate(config.seed) if not config.data else data.load(
-        config.data, need_embeddings=need_split, **options)
+    dataset = (data.load(config.data, need_embeddings=need_split, **options) if config.data
+               else data.simulate(config.seed))
     return dataset, data.split(dataset, config.split, config.seed) if need_split else None
 
 
@@ -899,8 +897,16 @@ def pool_of(name, dataset, split):
     return torch.tensor(sorted({p for _, p in conditions}), dtype=torch.long)
 
 
-def build_model(config, dataset, split):
-    """An untrained model of `config.method` for the data, that retrieves from the pool of training."""
+def each_model(config):
+    """The configuration of every model of a run: each method with each seed."""
+    seeds = (config.seeds or str(config.seed)).split(",")
+    return [replace(config, method=m, seed=int(s)) for s in seeds for m in config.method.split(",")]
+
+
+def start(config, folder, dataset, split):
+    """A model of one method and seed, its optimizer, Progress and rows of log.csv, from its checkpoint in the
+    folder if there is one. InputError for a pool too small and for a checkpoint that does not fit."""
+    import data
     torch.manual_seed(config.seed)
     embeddings = torch.from_numpy(dataset.perturbation_embeddings())  # (P, E)
     model = PTRAG(config, dataset.genes, dataset.perturbations, embeddings,
@@ -908,10 +914,19 @@ def build_model(config, dataset, split):
     if not config.freeze_generator:  # start from "no change", not from zero
         controls = np.concatenate([dataset.cells(line, 0)[:1000] for line in range(len(dataset.cell_lines))])
         model.output.bias.data = torch.from_numpy(dataset.expression[np.sort(controls)].mean(0))  # (G,)
-    return model
+    optimizer = torch.optim.Adam(model.to(device_of(config)).parameters(), lr=config.lr, fused=True)
+    path = folder and folder / f"checkpoint-{config.method}-{config.seed}.pt"
+    if not path or not path.exists():
+        return model, optimizer, Progress(), []
+    saved = load_tensors(path, "checkpoint")
+    require(saved["fingerprint"] == data.fingerprint(dataset, split),
+            f"{folder}: was trained on other data or another split: resume with the same files")
+    restore(model, saved["model"], path)
+    restore(optimizer, saved["optimizer"], path)
+    return model, optimizer, Progress(saved["step"], saved["validation"], saved["best"]), saved["log"]
 
 
-def log_row(config, step, sampler, checkpoint):
+def log_row(config, step, sampler):
     """A `Step` as a row of log.csv. Raises Diverged, naming the condition, where a number is not finite."""
     energy, sparsity = step.energy.cpu(), step.sparsity.item()  # (B,)
     if not (torch.isfinite(energy).all() and torch.isfinite(step.norm)):
@@ -919,7 +934,7 @@ def log_row(config, step, sampler, checkpoint):
         batch = sampler.draw(step.number, [worst])
         line, gene = dataset.cell_lines[batch.cell_line[0]], dataset.perturbations[batch.perturbation[0]]
         raise Diverged(f"{config.method}-{config.seed}: loss or gradient is not finite at step {step.number} "
-                       f"(condition {line} / {gene}): try a smaller --lr; {checkpoint}, if any, is older")
+                       f"(condition {line} / {gene}): try a smaller --lr; checkpoint-*.pt, if any, is older")
     energy = energy.mean().item()
     loss = energy + config.sparsity * sparsity
     return config.method, config.seed, step.number, loss, energy, sparsity, step.validation
@@ -946,23 +961,16 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
     validation: see `train`; models: how many are still to come, this one among them. Once `asked` holds
     anything: KeyboardInterrupt, after the step is finished and saved. Raises Diverged."""
     import data
-    (rank, size), device, before = ranks(), device_of(config), len(log)
-    name, terminal = f"{config.method}-{config.seed}", sys.stdout.isatty()
-    checkpoint = folder / f"checkpoint-{name}.pt"
-    model, progress = build_model(config, dataset, split).to(device), Progress()
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    if checkpoint.exists():
-        saved = load_tensors(checkpoint, "checkpoint")
-        restore(model, saved["model"], checkpoint)
-        restore(optimizer, saved["optimizer"], checkpoint)
-        progress = Progress(saved["step"], saved["validation"], saved["best"])
-        log += saved["log"]
+    (rank, size), device, before, terminal = ranks(), device_of(config), len(log), sys.stdout.isatty()
+    model, optimizer, progress, rows = start(config, folder, dataset, split)
+    log += rows
+    name = f"{config.method}-{config.seed}"
     sampler = data.SetSampler(dataset, split.train, config.cells, config.seed)
     sets = range(rank * config.sets // size, (rank + 1) * config.sets // size)
     batches = data.prefetch(sampler, range(progress.step + 1, config.steps + 1), sets)
-    waiting, first, began, shown = [], progress.step, time.monotonic(), -math.inf
-    for step in train(model, optimizer, batches, validation, config, progress):
-        stopping = bool(asked)
+    waiting, began, shown = [], time.perf_counter(), -math.inf
+    for number, step in enumerate(train(model, optimizer, batches, validation, config, progress)):
+        stopping, now = bool(asked), time.perf_counter()
         if size > 1:  # all log the same numbers and leave the loop at the same step
             shared = torch.zeros(config.sets + 2, device=device)
             shared[sets.start:sets.stop] = step.energy
@@ -972,25 +980,24 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
         waiting.append(step)
         last = stopping or step.number == config.steps
         save = last or step.number % config.checkpoint_every == 0
-        if step.number == first + 1:  # it warms up
-            warm = time.monotonic()
-        if step.number == first + 6:
-            each, batch = (time.monotonic() - warm) / 5, sampler.draw(step.number, range(config.sets))
-            advise(each, each * (models * config.steps - step.number),
-                   lambda: validate(model, [batch], config, device), device)
-        if save or time.monotonic() - shown > (0.2 if terminal else 10):
-            log += [log_row(config, step, sampler, checkpoint) for step in waiting]
-            waiting, shown = [], time.monotonic()
-            rate = (step.number - first) / (shown - began)  # steps a second
-            speed, left = rate * config.sets * config.cells, (models * config.steps - step.number) / rate
+        each = (now - began) / max(number, 1)  # seconds a step
+        left = each * (models * config.steps - step.number)
+        if number == 0:  # it warms up and does not count once others have come
+            began = now
+        if number == 5:
+            batch = sampler.draw(step.number, range(config.sets))
+            advise(each, left, lambda: validate(model, [batch], config, device), device)
+        if save or now - shown > (0.2 if terminal else 10):
+            log += [log_row(config, step, sampler) for step in waiting]
+            waiting, shown, speed = [], now, config.sets * config.cells / each
             line = (f"{name:<16} step {step.number}/{config.steps}  loss {log[-1][3]:.4f}  validation "
                     f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left))} left")
             data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             data.write_csv(folder / "log.csv", LOG_COLUMNS, log)
-            identity = data.fingerprint(dataset, split)
-            save_tensors(checkpoint, format="checkpoint", fingerprint=identity, **vars(progress),
-                         log=log[before:], model=model.state_dict(), optimizer=optimizer.state_dict())
+            save_tensors(folder / f"checkpoint-{name}.pt", format="checkpoint", **vars(progress),
+                         fingerprint=data.fingerprint(dataset, split), log=log[before:],
+                         model=model.state_dict(), optimizer=optimizer.state_dict())
         if stopping:
             raise KeyboardInterrupt
     return model
@@ -999,10 +1006,7 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
 def train_all(config, folder, dataset, split):
     """Trains every method with every seed, each saved as it is done: {"METHOD-SEED": model}."""
     import data
-    models, log, validation, asked = {}, [], [], []
-    for checkpoint in folder.glob("checkpoint-*.pt"):
-        require(load_tensors(checkpoint, "checkpoint")["fingerprint"] == data.fingerprint(dataset, split),
-                f"{folder}: was trained on other data or another split: resume with the same files")
+    models, log, validation, asked, configs = {}, [], [], [], each_model(config)
     if ranks()[0] == 0:
         with data.atomic_output(folder / "config.json") as temporary:  # resumed with more --steps, perhaps
             Path(temporary).write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -1010,17 +1014,14 @@ def train_all(config, folder, dataset, split):
         held_out = data.SetSampler(dataset, split.validation, config.cells, config.seed, controls_too=False)
         number = min(4, -(-len(split.validation) // config.sets))
         validation = [held_out.draw(i, range(config.sets)) for i in range(number)]
-    seeds, methods = config.seeds or str(config.seed), config.method
-    wanted = [replace(config, method=method, seed=int(seed))
-              for seed in seeds.split(",") for method in methods.split(",")]
 
     def finish_the_step(number, frame):  # on Ctrl-C and SIGTERM, which cluster schedulers send
         asked.append(signal.signal(number, signal.default_int_handler))  # a second one stops at once
     with contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGINT, signal.SIGTERM):
             at_the_end.callback(signal.signal, number, signal.signal(number, finish_the_step))
-        for number, one in enumerate(wanted):
-            model = train_one(one, folder, dataset, split, validation, log, len(wanted) - number, asked)
+        for number, one in enumerate(configs):
+            model = train_one(one, folder, dataset, split, validation, log, len(configs) - number, asked)
             pool = pool_of(config.test_pool or config.pool, dataset, split)
             model.retrieve_from(pool.to(model.pool.device))
             models[f"{one.method}-{one.seed}"] = model
@@ -1040,12 +1041,12 @@ def run_training(config, folder=None):
     began, (rank, size) = time.monotonic(), ranks()
     require(config.sets % size == 0, f"--sets {config.sets} cannot be shared equally by {size} processes")
     dataset, split = open_data(config)
-    for method in config.method.split(","):  # a pool that is too small shows before anything is written
-        model = build_model(replace(config, method=method), dataset, split)
-        model.retrieve_from(pool_of(config.test_pool or config.pool, dataset, split), config.hard_negatives)
+    pool = pool_of(config.test_pool or config.pool, dataset, split)
+    for one in each_model(config):  # what does not fit shows before anything is written
+        model, *_ = start(one, folder, dataset, split)
+        model.retrieve_from(pool.to(model.pool.device), config.hard_negatives)
     if rank == 0:
-        stem = Path(config.data).stem or "simulated"
-        folder = folder or Path(data.claim(config.name, stem))
+        folder = folder or Path(data.claim(config.name, Path(config.data).stem or "simulated"))
     if size > 1:
         torch.distributed.broadcast_object_list(shared := [folder])
         folder, = shared
@@ -1068,60 +1069,65 @@ def run_training(config, folder=None):
             raise KeyboardInterrupt(f"; python ptrag.py --resume {folder} continues") from None
 
 
-def run_prediction(config):
-    """Predicts cells for genes, perturbed in the data or not, writes them and prints what changes most."""
-    import data
+def open_prediction(config):
+    """The model of --predict, taught the genes new to it, the genes asked for, the Dataset of the controls,
+    which is that of --data or of the run, and the files that are read."""
     stored, method = read_config(config.model), None if config.method == Config.method else config.method
     model = load(config.model, method).to(device_of(config))
     model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
     source = replace(config, hvg=10**6) if config.data else stored  # all its genes, the model's among them
-    kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""
+    kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""  # it may be gone
     source = check(replace(source, genept=config.genept or kept))
     dataset, _ = open_data(source, need_split=not config.data)
-    lines = [name.lower() for name in dataset.cell_lines]
-    wanted = config.cell_line.lower() or ",".join(lines)  # the only one
-    require(wanted in lines, f"--cell-line {config.cell_line}: must be of {', '.join(dataset.cell_lines)}")
     known, embedded = model.perturbations[1:], dict(zip(dataset.embedding_genes, dataset.embeddings))
     genes = known if config.predict == "all" else config.predict.split(",")
     new = [gene for gene in genes if gene not in known]
     for gene in new:
-        require_known(gene, [*known, *embedded], f"--predict {gene}: no embedding in the model or in "
-                      f"{dataset.name}; --genept FILE adds some")
+        require(gene in embedded, f"--predict {gene}: no embedding in the model or in {dataset.name}; "
+                "--genept FILE adds some", gene, [*known, *embedded])
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
+    return model, genes, dataset, [source.data, source.genept, *Path(config.model).glob("*")]
+
+
+def run_prediction(config):
+    """Predicts cells for genes, perturbed in the data or not, writes them and prints what changes most."""
+    import data
+    model, genes, dataset, inputs = open_prediction(config)
+    method, asked, n, neighbours = model.config.method, config.cell_line.lower(), config.cells, {}
+    lines = [line for line, name in enumerate(dataset.cell_lines) if asked in ("", name.lower())]
+    require(len(lines) == 1, f"--cell-line {config.cell_line}: must be of {', '.join(dataset.cell_lines)}")
+    rows = np.sort(data.pick(np.random.default_rng(config.seed), dataset.cells(lines[0], 0), n))  # (n,)
     aligned, notes = data.align_genes(dataset, model.genes, missing_share=0.2)
-    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
-        notes += [f"{config.model}: in its test {row['method']} stood at {float(row['position']):.2f} on SW1 "
-                  "(0: as far from real cells as no change, 1: as near as other real cells)" for row in
-                  csv.DictReader(file) if (row["method"], row["metric"]) == (model.config.method, "sw1")]
-    data.say("\n".join([*dataset.notes, *notes]))
-    line, n, rng = lines.index(wanted), config.cells, np.random.default_rng(config.seed)
-    rows = np.sort(data.pick(rng, dataset.cells(line, 0), n))  # (n,)
-    control, neighbours = aligned(rows), {}  # (n, G)
+    control, line = aligned(rows), dataset.cell_lines[lines[0]]  # (n, G)
     codes = {group: code for code, group in enumerate(model.gem_groups)}  # an unknown one counts as the first
     gem_group = np.array([codes.get(dataset.gem_groups[code], 0) for code in dataset.gem_group[rows]])
+    with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
+        position = {(row["method"], row["metric"]): row["position"] for row in csv.DictReader(file)}
+        notes.append(f"{config.model}: in its test {method} stood at {float(position[method, 'sw1']):.2f} on "
+                     "SW1 (0: as far from real cells as no change, 1: as near as other real cells)")
+    data.say("\n".join([*dataset.notes, *notes]))
 
     def blocks():
         for number, gene in enumerate(genes):
             cells, probability = predict(model, control, gene, gem_group, seed=config.seed)
-            neighbours[gene] = used_candidates(model, gene, probability)
-            names, _, use = neighbours[gene].values()
-            change = cells.mean(0) - control.mean(0)  # (G,)
-            most, best = (np.argsort(-np.abs(x), kind="stable")[:10] for x in (change, np.nan_to_num(use)))
-            data.say(f"{gene} in {dataset.cell_lines[line]}\n  changes most (mean log1p): "
-                     + ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most))
+            neighbours[gene] = used = used_candidates(model, gene, probability)
+            change, names, use = cells.mean(0) - control.mean(0), used["candidates"], used["probability"]
+            most = np.argsort(-np.abs(change), kind="stable")[:10]
+            changes = ", ".join(f"{model.genes[i]} {change[i]:+.2f}" for i in most)
+            data.say(f"{gene} in {line}\n  changes most (mean log1p): {changes}")
             if impossible := (cells > math.log1p(10_000)).sum():
                 data.say(f"  {impossible} values are above log1p(10,000), which no cell has")
             if names:
-                shown = [f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best]
-                data.say(f"  neighbours used (probability): {', '.join(shown)}")
+                best = np.argsort(-np.nan_to_num(use), kind="stable")[:10]
+                shown = ", ".join(f"{names[i]} {use[i]:.2f}".removesuffix(" nan") for i in best)
+                data.say(f"  neighbours used (probability): {shown}")
             yield slice(number * n, number * n + n), {"X": cells, "layers/control": control}
 
     obs = {"perturbation": np.repeat(genes, n).tolist(), "control_cell": np.tile(rows, len(genes)),
-           "cell_line": [dataset.cell_lines[line]] * (n * len(genes))}
+           "cell_line": [line] * (n * len(genes))}
     about = {"units": data.UNITS, "neighbours": neighbours,  # filled while the cells are written
-             "model": {"method": model.config.method, "run": config.model, "split": model.config.split}}
-    inputs = [source.data, source.genept, *Path(config.model).glob("*")]
+             "model": {"method": method, "run": config.model, "split": model.config.split}}
     data.write_anndata(config.output, model.genes, obs, blocks(), n * len(genes), about, inputs)
     data.say(f"wrote {config.output}: {len(genes)} x {n} predicted cells")
 

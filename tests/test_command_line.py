@@ -112,7 +112,7 @@ def test_without_data_all_methods_are_trained_on_a_simulation_that_is_called_so(
     rows = {line.split()[0] for line in printed.splitlines() if line}
     assert {*ptrag.METHODS, "no", "other"} <= rows  # "no change", "other real half"
     assert all(heading in printed for heading in ("W1", "W2", "SW1", "SW2", "energy", "r delta"))
-    assert re.search(r"step 2/2 .* cells/s +0:00:00 left", printed)
+    assert re.search(r"step 1/2 .* 0:00:\d\d left\n(.*\n)*.* step 2/2 .* cells/s +0:00:00 left", printed)
 
 
 def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_and_predictions(made):
@@ -139,14 +139,14 @@ def test_a_run_of_methods_and_seeds_writes_config_log_model_metrics_retrieval_an
     assert matrix(folder / "predictions.h5ad").shape == (cells, len(d.genes))
 
 
-@pytest.mark.parametrize("left, step, said", [(3000, 1e-3, []), (7200, 1e-3, ["2.0 hours; less: --steps"]),
-                                              (3000, 0.5, ["2 threads take", "--threads 1"])])
+@pytest.mark.parametrize("left, step, said", [
+    (3000, 1e-3, ""), (7200, 1e-3, ".*2.0 hours; less: --steps.*\n"), (9, 1, "2 threads .*--threads 1.*\n")])
 def test_a_long_run_and_one_that_busy_cores_slow_down_are_told_what_helps(left, step, said, capsys):
     torch.set_num_threads(2)
     ptrag.advise(step, left, lambda: time.sleep(0.01), torch.device("cpu"))
-    printed, threads = capsys.readouterr().out, torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert threads == 2 and bool(said) == bool(printed) and all(words in printed for words in said)
+    assert threads == 2 and re.fullmatch(said, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("options", [
@@ -434,15 +434,14 @@ def test_a_config_that_is_damaged_or_contradicts_the_model_is_refused(copy, refu
     for text in [*texts, *(json.dumps({**config, **change}) for change in changes)]:
         path.write_text(text, encoding="latin-1")
         for command in (f"{RESUME} --steps 9", PREDICT):
-            refused(copy, command, words=["runs/m/config.json"], changed=["config.json"])
+            refused(copy, command, words=["runs/m/config.json"])
 
 
 def test_help_lists_every_option_with_a_line_in_groups(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="^0$"):
         ptrag.main(["--help"])
     printed = capsys.readouterr().out
-    assert stopped.value.code == 0
     for f in fields(ptrag.Config):
         assert f"--{f.name.replace('_', '-')}" in printed and f.metadata["help"] in printed
     groups = re.findall(r"^(\w+):$", printed, re.M)[1:]
