@@ -606,6 +606,8 @@ def predict(model, control, perturbation, gem_group=None, set_size=None, seed=0)
     for the batch covariate; set_size: cells in a set, as in training if not given; the last one is filled up
     from the first cells. Only `select = "sample"` depends on the seed, one or several numbers. InputError.
     """
+    require(np.ndim(control) == 2 and len(control) and np.shape(control)[1] == len(model.genes),
+            f"control cells {np.shape(control)}: must be (cells, {len(model.genes)} genes)")
     if isinstance(perturbation, str):
         gene, known = perturbation, model.perturbations
         require(gene in known, f"{gene} is unknown; see add_perturbations", gene, known)

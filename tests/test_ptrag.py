@@ -364,5 +364,8 @@ def test_a_gene_taught_later_is_predicted_like_the_one_with_its_embedding_or_dra
     assert np.array_equal(*(ptrag.predict(known, control, gene).cells for gene in ("NEW", "p5")))
     with pytest.raises(ptrag.InputError, match="did you mean"):
         ptrag.predict(known, control, "NEWW")
+    for wrong in (control[:, 1:], control[0], control[:0]):
+        with pytest.raises(ptrag.InputError, match="control cells .*must be .cells, 20 genes"):
+            ptrag.predict(known, wrong, "NEW")
     assert torch.equal(drawing.candidates[:12], before)  # those it had are kept
     assert not torch.equal(drawing.candidates[12], ptrag.retrieve(drawing.embeddings, drawing.pool, 4)[0][12])
