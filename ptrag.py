@@ -994,6 +994,7 @@ def train_one(config, folder, dataset, split, validation, log, models, asked):
             waiting, shown, speed = [], now, config.sets * config.cells / each
             line = (f"{name:<16} step {step.number}/{config.steps}  loss {log[-1][3]:.4f}  validation "
                     f"{progress.validation:.4f}  {speed:,.0f} cells/s  {timedelta(seconds=round(left))} left")
+            line = line.replace(" inf ", " - ")  # not validated yet
             data.say(f"\r{line:<109}" if terminal else line, "" if terminal and not last else "\n")
         if save and rank == 0:  # the log first: it never lacks rows of the checkpoint
             data.write_csv(folder / "log.csv", LOG_COLUMNS, log)
