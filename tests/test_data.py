@@ -49,11 +49,11 @@ def write(path, matrix=None, obs=None):
 
 
 def edited(path, change):
-    """The file after `change`: a function of it, or a dict from a member (None removes it), from (member,
-    attribute) or from (member, index) to what is written there."""
+    """The file after `change`: a dict from a member (None removes it), from (member, attribute) or from
+    (member, index) to what is written there, or to a function of the file that gives it."""
     with h5py.File(path, "a") as file:
-        change = change(file) if callable(change) else change
-        for key, value in change.items() if isinstance(change, dict) else ():
+        for key, value in change.items():
+            value = value(file) if callable(value) else value
             if isinstance(key, tuple):
                 node, place = file[key[0]], key[1]
                 (node.attrs if isinstance(place, str) else node)[place] = value
@@ -66,19 +66,15 @@ def edited(path, change):
 
 def stored(matrix, kind="dense", marks=("encoding-type", "shape"), direction=1, **storage):
     """For `edited`: X is stored anew, dense or as a CSR or CSC group, as AnnData does."""
-    def store(file):
-        del file["X"]
-        if kind == "dense":
-            return file.create_dataset("X", data=matrix, **storage)
-        lines = matrix if kind == "csr" else matrix.T
-        number, index = np.nonzero(lines)
-        index = index[np.lexsort((direction * index, number))]      # -1: each line stands in reverse
-        for name, values in {"data": lines[number, index], "indices": index.astype(np.int32),
-                             "indptr": np.append(0, np.cumsum((lines != 0).sum(1)))}.items():
-            file.create_dataset(f"X/{name}", data=values, **storage)
-        values = kind if "h5sparse_format" in marks else f"{kind}_matrix", matrix.shape
-        file["X"].attrs.update(zip(marks, values))
-    return store
+    dataset = lambda values: lambda file: file.create_dataset(None, data=values, **storage)
+    if kind == "dense":
+        return {"X": dataset(matrix)}
+    lines = matrix if kind == "csr" else matrix.T
+    number, index = np.nonzero(lines)
+    index = index[np.lexsort((direction * index, number))]          # -1: each line stands in reverse
+    return {"X": None, "X/data": dataset(lines[number, index]), "X/indices": dataset(index.astype(np.int32)),
+            "X/indptr": dataset(np.append(0, np.cumsum((lines != 0).sum(1)))), ("X", marks[1]): matrix.shape,
+            ("X", marks[0]): kind if "h5sparse_format" in marks else f"{kind}_matrix"}
 
 
 def write_embeddings(path, genes=("AAA", "BBB", "CCC"), vectors=None):
@@ -109,7 +105,7 @@ def noted(dataset, *texts):
 
 # ------------------------------------------------------------------------------------------------ reading
 
-def compound(file):
+def compound():
     """For `edited`: obs and var as anndata 0.6 stores them."""
     names, obs = sorted(set(labels()["gene"])), labels()
     rows = zip("c" * 60, map(names.index, obs["gene"]), obs["cell_line"], map(int, obs["gem_group"]))
@@ -120,24 +116,20 @@ def compound(file):
 
 def obs_stored(layout):
     """For `edited`: the columns of obs as one of the versions after it stores them, but for the last."""
-    def store(file):
-        for name, values in labels().items():
-            column, names, mask = f"obs/{name}", sorted(set(values)), np.zeros(60, bool)
-            codes = np.array([names.index(value) for value in values], np.int8)
-            old = f"/{'uns' if layout == 'reference' else 'obs'}/__categories/{name}"
-            del file[column]
-            for key, value in {
-                "nullable categories": {f"{column}/codes": codes, f"{column}/categories/values": names,
-                                        f"{column}/categories/mask": mask[:len(names)]},
-                "__categories": {column: codes, old: names}, "reference": {column: codes, old: names},
-                "nullable": {f"{column}/values": np.int64(values) if name == "gem_group" else values,
-                             f"{column}/mask": mask},
-                "strings": {column: values}, "fixed strings": {column: np.array(values, "S")},
-            }[layout].items():
-                file[key] = value
-            if layout == "reference":
-                file[column].attrs["categories"] = file[old].ref
-    return store
+    change = {}
+    for name, values in labels().items():
+        column, names, mask = f"obs/{name}", sorted(set(values)), np.zeros(60, bool)
+        codes = np.array([names.index(value) for value in values], np.int8)
+        old = f"/{'uns' if layout == 'reference' else 'obs'}/__categories/{name}"
+        change |= {column: None} | {
+            "nullable categories": {f"{column}/codes": codes, f"{column}/categories/values": names,
+                                    f"{column}/categories/mask": mask[:len(names)]},
+            "__categories": {column: codes, old: names}, "reference": {
+                column: codes, old: names, (column, "categories"): lambda file, old=old: file[old].ref},
+            "nullable": {f"{column}/values": np.int64(values) if name == "gem_group" else values,
+                         f"{column}/mask": mask},
+            "strings": {column: values}, "fixed strings": {column: np.array(values, "S")}}[layout]
+    return change
 
 
 LAYOUTS = {
@@ -148,7 +140,7 @@ LAYOUTS = {
     "csr of 0.6": {"kind": "csr", "marks": ("h5sparse_format", "h5sparse_shape")},
     "csr in reverse": {"kind": "csr", "direction": -1}, "csc in reverse": {"kind": "csc", "direction": -1}}
 CHANGES = {
-    **{layout: stored(counts(), **options) for layout, options in LAYOUTS.items()}, "compound": compound,
+    **{layout: stored(counts(), **options) for layout, options in LAYOUTS.items()}, "compound": compound(),
     **{layout: obs_stored(layout) for layout in (
         "nullable categories", "__categories", "reference", "nullable", "strings", "fixed strings")}}
 
