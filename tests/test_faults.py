@@ -89,6 +89,7 @@ FAULTS = {"dense": {
     "categories a group": ({CATEGORIES: None, f"{CATEGORIES}/a": [1]}, "unknown kind"),
     "control without a name": ({CATEGORIES: list("wxyz")}, "--control"),
     "two control names": ({CATEGORIES: ["control", "ctrl", "y", "z"]}, "be control or ctrl"),
+    "two perturbation columns": ({"obs/condition": list("AB") * 30}, "condition or gene"),
     "control without cells": ({CODES: np.arange(60) % 3}, "no control label"),
     "only controls": ({CODES: np.full(60, 3)}, "no perturbed cells"),
     "a link to another file": ({"uns/far": h5py.ExternalLink("other.h5", "X")}, "another file"),
