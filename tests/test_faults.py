@@ -94,7 +94,7 @@ FAULTS = {"dense": {
     "only controls": ({CODES: np.full(60, 3)}, "no perturbed cells"),
     "a link to another file": ({"uns/far": h5py.ExternalLink("other.h5", "X")}, "another file"),
     "values in another file": (
-        {"uns/far": lambda file: file.create_dataset(None, 3, "f4", external=[("raw", 0, 12)])}, "another file"),
+        {"far": lambda file: file.create_dataset(None, 3, "f4", external=[("raw", 0, 12)])}, "another file"),
     "a line break in a perturbation": ({CATEGORIES: ["AAA", "B\nB", "CCC", "control"]}, "'B\\nB'"),
     "an old packed file": ({("/", "format"): np.bytes_("ptrag-packed")}, "pack it again"),
     "an escape in a gene": ({"var/_index": [f"\x1b[{i}m" for i in range(12)]}, "control char"),
