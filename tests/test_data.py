@@ -16,7 +16,7 @@ from conftest import SHARED, needs_shared
 
 import data
 
-GENES = ["AAA", "BBB", *(f"G{i}" for i in range(10))]
+GENES = [f"G{i}" for i in range(12)]
 load = partial(data.load, need_embeddings=False, say=lambda line: None)
 pack = partial(data.pack, say=lambda line: None)
 refused = partial(pytest.raises, data.DataError)
@@ -44,7 +44,7 @@ def normalised(matrix):
 
 def write(path, matrix=None, obs=None):
     matrix = counts() if matrix is None else matrix
-    genes = [*GENES, *(f"H{i}" for i in range(matrix.shape[1]))][:matrix.shape[1]]
+    genes = [f"G{i}" for i in range(matrix.shape[1])]
     data.write_anndata(path, genes, obs or labels(len(matrix)), [(slice(None), {"X": matrix})], len(matrix))
     return path
 
@@ -91,44 +91,37 @@ def cells_of(dataset):
                   for line, p, group, values in cells if line >= 0)
 
 
-def noted(dataset, *texts):
-    """Whether each text is in the notes of a dataset, a split or packing."""
-    return all(text in "\n".join(getattr(dataset, "notes", dataset)) for text in texts)
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 LABELS, LOGS, MASK = labels(), normalised(counts()), np.zeros(60, bool)
 NAMES, CODES = np.unique(LABELS["gene"], return_inverse=True)
 NAMES, LINES, GROUPS = NAMES.tolist(), LABELS["cell_line"], list(map(int, LABELS["gem_group"]))
 COMPOUND = [("index", "S8"), ("gene", np.int8), ("cell_line", "S8"), ("gem_group", np.int64)]
+X = partial(stored, counts())
 LAYOUTS = {
-    "float64": {"dtype": "<f8"}, "int32": {"dtype": "<i4"}, "big-endian": {"dtype": ">f4"}, "dense": {},
-    "gzip": {"compression": "gzip", "chunks": (7, 5)}, "lzf": {"compression": "lzf", "chunks": (7, 5)},
-    "csr": {"kind": "csr"}, "csr gzip": {"kind": "csr", "compression": "gzip"},
-    "csc": {"kind": "csc"}, "csc gzip": {"kind": "csc", "compression": "gzip"},
-    "csr of 0.6": {"kind": "csr", "marks": ("h5sparse_format", "h5sparse_shape")},
-    "csr in reverse": {"kind": "csr", "direction": -1}, "csc in reverse": {"kind": "csc", "direction": -1}}
-OBS = {     # as versions of AnnData after 0.8, of 0.7 (two), of 0.6, and other programs store it
+    "dense": X(), "float64": X(dtype="<f8"), "int32": X(dtype="<i4"), "big-endian": X(dtype=">f4"),
+    "gzip": X(compression="gzip", chunks=(7, 5)), "lzf": X(compression="lzf", chunks=(7, 5)),
+    "csr": X("csr"), "csr gzip": X("csr", compression="gzip"), "csr in reverse": X("csr", direction=-1),
+    "csc": X("csc"), "csc gzip": X("csc", compression="gzip"), "csc in reverse": X("csc", direction=-1),
+    "csr of 0.6": X("csr", marks=("h5sparse_format", "h5sparse_shape")),
+    "obs of 0.6": {"obs": np.array(list(zip("c" * 60, CODES, LINES, GROUPS)), COMPOUND),
+                   "uns/gene_categories": NAMES, "var": np.array(GENES, "S8").view([("index", "S8")])},
+    "obs of 0.7": {"obs/gene": np.int8(CODES), "obs/__categories/gene": NAMES},
+    "references": {"obs/gene": np.int8(CODES), "uns/__categories/gene": NAMES,
+                   ("obs/gene", "categories"): lambda file: file["uns/__categories/gene"].ref},
     "nullable": {
         "obs/gene": None, "obs/gene/codes": CODES, "obs/gene/categories/values": NAMES,
         "obs/gene/categories/mask": MASK[:4], "obs/cell_line": None, "obs/cell_line/values": LINES,
         "obs/cell_line/mask": MASK, "obs/gem_group": None, "obs/gem_group/values": GROUPS,
         "obs/gem_group/mask": MASK},
-    "__categories": {"obs/gene": np.int8(CODES), "obs/__categories/gene": NAMES},
-    "reference": {"obs/gene": np.int8(CODES), "uns/__categories/gene": NAMES,
-                  ("obs/gene", "categories"): lambda file: file["uns/__categories/gene"].ref},
-    "compound": {"obs": np.array(list(zip("c" * 60, CODES, LINES, GROUPS)), COMPOUND),
-                 "uns/gene_categories": NAMES, "var": np.array(GENES, "S8").view([("index", "S8")])},
     "plain": {"obs/gene": LABELS["gene"], "obs/cell_line": np.array(LINES, "S"), "obs/gem_group": GROUPS}}
-CHANGES = OBS | {layout: stored(counts(), **options) for layout, options in LAYOUTS.items()}
 
 
 @pytest.mark.parametrize("block", [data.BLOCK_BYTES, 400])
-@pytest.mark.parametrize("layout", CHANGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_block_size_gives_the_same_cells(tmp_path, monkeypatch, layout, block):
     monkeypatch.setattr(data, "BLOCK_BYTES", block)
-    path = edited(write(tmp_path / "x.h5ad"), CHANGES[layout])
+    path = edited(write(tmp_path / "x.h5ad"), LAYOUTS[layout])
     dataset, rows = load(path), np.array([5, 5, 3])
     wanted = sorted(zip(LINES, LABELS["gene"], LABELS["gem_group"], *LOGS.T.tolist()))
     found, wanted = np.array(cells_of(dataset), object), np.array(wanted, object)
@@ -198,7 +191,8 @@ def test_a_file_is_read_as_the_field_means_it_and_what_was_guessed_is_noted(tmp_
     found = {**vars(dataset), "conditions": dataset.conditions(), "used": len(cells),
              "gem_group": dataset.gem_group.tolist(), "mapped": dataset.expression.path == str(path)}
     assert {key: found[key] for key in case} == case
-    assert noted(dataset, *notes) and not any(noted(dataset, text) for text in silent)
+    noted = str(dataset.notes)
+    assert all(text in noted for text in notes) and not any(text in noted for text in silent)
 
 
 def test_what_cannot_be_mapped_is_packed_once_said_and_leaves_no_file(tmp_path, monkeypatch):
@@ -228,12 +222,12 @@ def test_predicted_cells_stay_as_they_are(tmp_path):
 
 def test_genes_are_aligned_by_name(tmp_path):
     dataset = load(write(tmp_path / "x.h5ad", LOGS))
-    aligned, notes = data.align_genes(dataset, ["G3", "ABSENT", "AAA"], missing_share=0.4)
+    aligned, notes = data.align_genes(dataset, ["G5", "ABSENT", "G0"], missing_share=0.4)
     np.testing.assert_array_equal(aligned(np.arange(60)), LOGS[:, [5, 5, 0]] * [1, 0, 1])
     assert "1 of the 3 genes needed are missing and count as zero: ABSENT" in notes[0]
     assert "10 genes not needed are left out" in notes[1]
     with refused(match="1 of the 3 genes needed are missing: ABSENT"):
-        data.align_genes(dataset, ["G3", "ABSENT", "AAA"], missing_share=0.3)
+        data.align_genes(dataset, ["G5", "ABSENT", "G0"], missing_share=0.3)
     dataset.genes = [str(i) for i in range(12)]             # as STATE writes them
     aligned, notes = data.align_genes(dataset, GENES)
     np.testing.assert_array_equal(aligned(slice(None)), LOGS)
@@ -253,10 +247,9 @@ def test_chosen_genes_have_the_largest_dispersion_within_their_bin(tmp_path, mon
     for here in (bins == number for number in range(1, 21)):
         if here.sum() > 1:
             score[here] = (dispersion[here] - dispersion[here].mean()) / dispersion[here].std(ddof=1)
-    names = [*GENES, *(f"H{i}" for i in range(150))]
-    assert dataset.genes == [names[i] for i in np.sort(np.argsort(-score)[:20])]
+    assert dataset.genes == [f"G{i}" for i in np.sort(np.argsort(-score)[:20])]
     assert load(write(tmp_path / "log.h5ad", normalised(matrix)), hvg=20).genes == dataset.genes
-    assert noted(dataset, "the 20 most variable of 150 genes")
+    assert "the 20 most variable of 150 genes" in str(dataset.notes)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -271,17 +264,13 @@ def test_genept_pickles_are_read(tmp_path, protocol):
         np.testing.assert_array_equal(embeddings, np.array([table[gene] for gene in genes], np.float32))
 
 
-class Attack:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
+class Attack(partial):
+    __reduce__ = lambda self: (self.func, self.args)
 
 
 PICKLES = {
     **{call.__name__: {"AAA": Attack(call, *inputs)} for call, *inputs in (
-        (os.system, "touch ran"), (eval, "open('ran', 'w')"), (exec, "open('ran', 'w')"), (open, "ran", "w"))},
+        (os.system, "> ran"), (eval, "open('ran', 'w')"), (exec, "open('ran', 'w')"), (open, "ran", "w"))},
     "getattr": {"AAA": Attack(getattr, Attack(__import__, "os"), "system")},
     "nested": {"AAA": [[{"deep": Attack(subprocess.check_call, ["touch", "ran"])}]]},
     "object array attack": {"AAA": np.array([Attack(os.system, "touch ran")], dtype=object)},
@@ -338,7 +327,7 @@ def test_packing_keeps_the_embeddings_of_the_perturbed_genes_or_all_and_names_tw
     for keep_all in (False, True):
         notes = pack(path, packed, genept=embeddings, all_embeddings=keep_all)
         assert data.load(packed).embedding_genes == genes[:3 if keep_all else 2]
-        assert noted(notes, "--all-embeddings") != keep_all and load(packed).notes == notes
+        assert ("--all-embeddings" in str(notes)) != keep_all and load(packed).notes == notes
         assert any("1 embeddings belong to several" in note and "AAA = CCC" in note for note in notes)
 
 
@@ -352,7 +341,7 @@ def test_perturbations_without_an_embedding_are_dropped_counted_and_named_packed
         dataset = load(file, genept=embeddings, need_embeddings=True)
         assert dataset.perturbations == ["non-targeting", "AAA", "CCC"]
         assert dataset.embedding_genes == ["AAA", "CCC", "ELSE"]
-        assert noted(dataset, "1 perturbations without an embedding left out: BBB")
+        assert "1 perturbations without an embedding left out: BBB" in str(dataset.notes)
         table = dataset.perturbation_embeddings()
         assert not table[0].any() and np.array_equal(table[2], dataset.embeddings[1])
         assert cells_of(dataset) == [cell for cell in cells_of(load(file)) if cell[1] != "BBB"]
@@ -410,42 +399,40 @@ def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(dataset, t
                  'val = ["GENE001", "GENE002"]\ntest = ["GENE003", "ABSENT"]\n')
     assert cut.validation == [(1, 1), (1, 2)] and sizes(cut) == (40 + 37, 2, 41)
     assert cut.test == [(1, 3), *((2, p) for p in range(1, 41))]
-    assert noted(cut, "2 of what it lists are not in the data: nowhere, ABSENT in simb")
-    assert not noted(cut, "no part")
+    note, = cut.notes                                       # and none of conditions that belong to no part
+    assert "2 of what it lists are not in the data: nowhere, ABSENT in simb" in note
     assert sizes(cut_of('[zeroshot]\n"one.simA" = "test"\n"one.simB" = "train"\n')) == (40, 0, 40)
     cut = cut_of('[fewshot."one.simB"]\ntrain = ["GENE001"]\nval = ["GENE002"]\ntest = ["GENE003"]\n')
     assert sizes(cut) == (1, 1, 1) and "117 conditions belong to no part" in cut.notes[0]
 
 
-FILE = r"^\S+s\.toml: |leaves nothing to t"
-WRONG_SPLITS = {
-    "cell-line:hela": "simA, simB, simC", "perturbation:3": "0, 1 and 2", "random": "cell-line:NAME",
-    "nowhere.toml": "no such file", "not toml [": FILE, "[other]\n": FILE, "training = 3\n": FILE,
-    '[training]\na = "train"\n': FILE, '[zeroshot]\n"a.simA" = "somewhere"\n': FILE,
-    '[zeroshot]\na.simA = "test"\n': FILE, '[fewshot."a.simA"]\nother = ["X"]\n': FILE,
-    '[fewshot."a.simA"]\ntest = "GENE001"\n': FILE, '[fewshot."a.simA"]\ntest = [1]\n': FILE,
-    '[fewshot."a.simA"]\ntest = ["X"]\nval = ["X"]\n': FILE,
-    '[zeroshot]\n"a.simA" = "test"\n[fewshot."b.sima"]\ntest = ["X"]\n': FILE}
-
-
 def test_wrong_splits_are_refused_with_the_file_or_what_there_is(dataset, tmp_path):
-    for wrong, said in WRONG_SPLITS.items():
-        (tmp_path / "s.toml").write_text(wrong)
+    path, file = tmp_path / "s.toml", r"^\S+s\.toml: |leaves nothing to t"
+    for rule, said in {"cell-line:hela": "simA, simB, simC", "perturbation:3": "0, 1 and 2",
+                       "random": "cell-line:NAME", "nowhere.toml": "no such file"}.items():
         with refused(match=said):
-            data.split(dataset, tmp_path / "s.toml" if said == FILE else wrong)
+            data.split(dataset, rule)
+    for wrong in ('not toml [', '[other]\n', 'training = 3\n', '[training]\na = "train"\n',
+                  '[zeroshot]\n"a.simA" = "somewhere"\n', '[zeroshot]\na.simA = "test"\n',
+                  *(f'[fewshot."a.simA"]\n{lists}\n' for lists in (
+                      'other = ["X"]', 'test = "GENE001"', 'test = [1]', 'test = ["X"]\nval = ["X"]')),
+                  '[zeroshot]\n"a.simA" = "test"\n[fewshot."b.sima"]\ntest = ["X"]\n'):
+        path.write_text(wrong)
+        with refused(match=file):
+            data.split(dataset, path)
 
 
 @needs_shared
-@pytest.mark.parametrize("file", ["", "_jurkat", "_k562", "_rpe1"])
-def test_the_papers_split_files_hold_out_104_and_624_genes(file):
-    path = SHARED / "splits" / f"repogle_nadig{file}.toml"
-    (key, rule), = tomllib.loads(path.read_text())["fewshot"].items()
-    names = ["non-targeting", *rule["val"], *rule["test"], "MYC", "TP53"]
-    made = data.simulate(cell_lines=4, perturbations=len(names) - 1, genes=1, cells=1, controls=1)
-    made.cell_lines, made.perturbations = ["hepg2", "jurkat", "k562", "rpe1"], names
-    cut = data.split(made, path)
-    assert sizes(cut) == (3 * 730 + 2, 104, 624) and not cut.notes
-    assert {made.cell_lines[line] for line, _ in cut.test} == {key.partition(".")[2]}
+def test_the_papers_split_files_hold_out_104_and_624_genes():
+    for name in ("", "_jurkat", "_k562", "_rpe1"):
+        path = SHARED / f"splits/repogle_nadig{name}.toml"
+        (key, rule), = tomllib.loads(path.read_text())["fewshot"].items()
+        genes = [*rule["val"], *rule["test"], "MYC", "TP53"]
+        made = data.simulate(cell_lines=4, perturbations=len(genes), genes=1, cells=1, controls=1)
+        made.cell_lines, made.perturbations = ["hepg2", "jurkat", "k562", "rpe1"], ["control", *genes]
+        cut = data.split(made, path)
+        assert sizes(cut) == (3 * 730 + 2, 104, 624) and not cut.notes
+        assert {made.cell_lines[line] for line, _ in cut.test} == {key.partition(".")[2]}
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -498,15 +485,14 @@ def test_a_failing_draw_is_raised_at_the_caller_and_leaves_no_thread():
 
 def test_evaluation_cells_are_capped_paired_and_rounded_up():
     made = data.simulate(cell_lines=1, perturbations=2, genes=4, cells=90, controls=400)
-    real, control = data.evaluation_cells(made, (0, 1), seed=3, max_cells=50, multiple_of=64)
-    assert len(set(real)) == 50 and len(control) == 64
-    assert np.array_equal(made.gem_group[control[:50]], made.gem_group[real])
-    again, floor = data.evaluation_cells(made, (0, 1), seed=3, max_cells=50)
+    cells = partial(data.evaluation_cells, made, seed=3, max_cells=50)
+    (real, floor), (again, control) = cells((0, 1)), cells((0, 1), multiple_of=64)
+    assert len(set(real)) == 50 and len(control) == 64 and np.array_equal(real, again)
     assert np.array_equal(floor, control[:50])              # the floor does not depend on the size of a set
-    assert np.array_equal(real, again) and len(data.evaluation_cells(made, (0, 2), seed=3)[0]) == 90
-    assert not np.array_equal(real, data.evaluation_cells(made, (0, 1), seed=4, max_cells=50)[0])
+    assert np.array_equal(made.gem_group[floor], made.gem_group[real])
+    assert len(cells((0, 2), max_cells=1000)[0]) == 90 and not np.array_equal(real, cells((0, 1), seed=4)[0])
     assert real[:6].tolist() == [402, 403, 406, 407, 408, 411]                  # the same on every machine
-    real, control = data.evaluation_cells(made, (0, 0), seed=3, max_cells=50)
+    real, control = cells((0, 0))
     assert not set(real) & set(control)                     # controls are predicted from other controls
     made = data.simulate(cell_lines=2, perturbations=2, genes=4, cells=10, controls=30)
     made.gem_group[made.perturbation == 0] = 0              # the others take controls of the line
@@ -517,7 +503,7 @@ def test_evaluation_cells_are_capped_paired_and_rounded_up():
 def test_the_simulation_comes_from_the_seed_alone_and_is_quick():
     started = time.perf_counter()
     first, again, other = (data.simulate(seed=seed) for seed in (3, 3, 4))
-    assert time.perf_counter() - started < 9.0 and first.name == "simulated" and noted(first, "simulated")
+    assert time.perf_counter() - started < 9.0 and first.name == "simulated" in first.notes[0]
     assert np.array_equal(first.expression, again.expression) and (first.embeddings == again.embeddings).all()
     assert not np.array_equal(first.expression, other.expression)
 
