@@ -350,50 +350,48 @@ def test_perturbations_without_an_embedding_are_dropped_counted_and_named_packed
 
 # ------------------------------------------------------------------------------------------------ splits
 
-@pytest.fixture(scope="module")
-def dataset():
-    return data.simulate(cell_lines=3, perturbations=40, genes=10, cells=4, controls=20)
+SCREEN = data.simulate(cell_lines=3, perturbations=40, genes=10, cells=4, controls=20)   # not to be changed
 
 
 def sizes(cut):
     return len(cut.train), len(cut.validation), len(cut.test)
 
 
-def test_every_condition_is_in_one_part_and_the_control_in_none_and_has_the_cells_with_its_labels(dataset):
+def test_every_condition_is_in_one_part_and_the_control_in_none_and_has_the_cells_with_its_labels():
     for line, p in np.ndindex(3, 41):
-        here = (dataset.cell_line == line) & (dataset.perturbation == p)
-        assert np.array_equal(dataset.cells(line, p), np.flatnonzero(here))
-    assert dataset.conditions() == [(line, p) for line in range(3) for p in range(1, 41)]
+        here = (SCREEN.cell_line == line) & (SCREEN.perturbation == p)
+        assert np.array_equal(SCREEN.cells(line, p), np.flatnonzero(here))
+    assert SCREEN.conditions() == [(line, p) for line in range(3) for p in range(1, 41)]
     for rule in ("cell-line:simB", "cell-line:SIMB", "perturbation:0", "perturbation:1", "perturbation:2"):
-        cut = data.split(dataset, rule)
-        assert sorted(cut.train + cut.validation + cut.test) == dataset.conditions()    # without controls
+        cut = data.split(SCREEN, rule)
+        assert sorted(cut.train + cut.validation + cut.test) == SCREEN.conditions()    # without controls
         assert all(part == sorted(part) for part in (cut.train, cut.validation, cut.test))
 
 
-def test_a_held_out_line_keeps_thirty_percent_and_validates_on_ten_percent(dataset):
-    cut = data.split(dataset, "cell-line:simB", seed=0)
+def test_a_held_out_line_keeps_thirty_percent_and_validates_on_ten_percent():
+    cut = data.split(SCREEN, "cell-line:simB", seed=0)
     assert {line for line, _ in cut.validation + cut.test} == {1}
     assert (sum(line == 1 for line, _ in cut.train), *sizes(cut)) == (12, 92, 4, 24)
     few = data.simulate(cell_lines=2, perturbations=4, genes=4, cells=2, controls=3)
     few.cell_line[(few.cell_line == 0) & (few.perturbation == 1)] = 1       # one line lacks a perturbation
     assert sizes(data.split(few, "cell-line:simB")) == (3 + 1, 1, 2)
-    cut = data.split(dataset, "cell-line:simA", seed=0)     # the same on every machine: everybody's results
+    cut = data.split(SCREEN, "cell-line:simA", seed=0)     # the same on every machine: everybody's results
     assert cut.validation == [(0, 12), (0, 13), (0, 31), (0, 33)]
-    assert data.split(dataset, "cell-line:simA", seed=1).validation != cut.validation
+    assert data.split(SCREEN, "cell-line:simA", seed=1).validation != cut.validation
 
 
-def test_the_three_folds_cut_the_genes_alike_in_all_lines_and_never_train_on_one_twice(dataset):
-    cuts = [data.split(dataset, f"perturbation:{fold}") for fold in range(3)]
+def test_the_three_folds_cut_the_genes_alike_in_all_lines_and_never_train_on_one_twice():
+    cuts = [data.split(SCREEN, f"perturbation:{fold}") for fold in range(3)]
     for cut in cuts:
         assert sizes(cut) == (36, 12, 72)
         assert [len({p for _, p in part}) for part in (cut.train, cut.validation, cut.test)] == [12, 4, 24]
     assert len({p for cut in cuts for _, p in cut.train}) == 36
 
 
-def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(dataset, tmp_path):
+def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(tmp_path):
     def cut_of(text):
         (tmp_path / "s.toml").write_text(text)
-        return data.split(dataset, tmp_path / "s.toml")
+        return data.split(SCREEN, tmp_path / "s.toml")
     cut = cut_of('[datasets]\none = "folder"\ntwo = "folder"\n[training]\none = "train"\n[zeroshot]\n'
                  '"two.simC" = "test"\n"two.nowhere" = "val"\n[fewshot."one.SIMB"]\n'
                  'val = ["GENE001", "GENE002"]\ntest = ["GENE003", "ABSENT"]\n')
@@ -406,12 +404,12 @@ def test_split_files_hold_out_lines_and_lists_and_count_unknown_names(dataset, t
     assert sizes(cut) == (1, 1, 1) and "117 conditions belong to no part" in cut.notes[0]
 
 
-def test_wrong_splits_are_refused_with_the_file_or_what_there_is(dataset, tmp_path):
+def test_wrong_splits_are_refused_with_the_file_or_what_there_is(tmp_path):
     path, file = tmp_path / "s.toml", r"^\S+s\.toml: |leaves nothing to t"
     for rule, said in {"cell-line:hela": "simA, simB, simC", "perturbation:3": "0, 1 and 2",
                        "random": "cell-line:NAME", "nowhere.toml": "no such file"}.items():
         with refused(match=said):
-            data.split(dataset, rule)
+            data.split(SCREEN, rule)
     for wrong in ('not toml [', '[other]\n', 'training = 3\n', '[training]\na = "train"\n',
                   '[zeroshot]\n"a.simA" = "somewhere"\n', '[zeroshot]\na.simA = "test"\n',
                   *(f'[fewshot."a.simA"]\n{lists}\n' for lists in (
@@ -419,7 +417,7 @@ def test_wrong_splits_are_refused_with_the_file_or_what_there_is(dataset, tmp_pa
                   '[zeroshot]\n"a.simA" = "test"\n[fewshot."b.sima"]\ntest = ["X"]\n'):
         path.write_text(wrong)
         with refused(match=file):
-            data.split(dataset, path)
+            data.split(SCREEN, path)
 
 
 @needs_shared
@@ -459,8 +457,8 @@ def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups(
         data.SetSampler(shown, [], 12, seed=0)
 
 
-def test_a_set_depends_on_seed_step_and_number_alone_drawn_ahead_or_not(dataset):
-    sampler, other_seed = (data.SetSampler(dataset, dataset.conditions(), 8, seed) for seed in (5, 6))
+def test_a_set_depends_on_seed_step_and_number_alone_drawn_ahead_or_not():
+    sampler, other_seed = (data.SetSampler(SCREEN, SCREEN.conditions(), 8, seed) for seed in (5, 6))
     whole, half = sampler.draw(7, range(6)), sampler.draw(7, [4, 5])
     for name in ("target", "control"):
         np.testing.assert_array_equal(getattr(whole, name)[4:], getattr(half, name))
