@@ -337,10 +337,9 @@ def test_perturbations_without_an_embedding_are_dropped_counted_and_named_packed
     for file in (path, packed):
         with refused(match="--genept"):
             data.load(file)
-        embeddings = write_embeddings(tmp_path / "e.npz", ["AAA", "CCC", "ELSE"])
+        embeddings = write_embeddings(tmp_path / "e.npz", genes := ["AAA", "CCC", "ELSE"])
         dataset = load(file, genept=embeddings, need_embeddings=True)
-        assert dataset.perturbations == ["non-targeting", "AAA", "CCC"]
-        assert dataset.embedding_genes == ["AAA", "CCC", "ELSE"]
+        assert dataset.perturbations == ["non-targeting", "AAA", "CCC"] and dataset.embedding_genes == genes
         assert "1 perturbations without an embedding left out: BBB" in str(dataset.notes)
         table = dataset.perturbation_embeddings()
         assert not table[0].any() and np.array_equal(table[2], dataset.embeddings[1])
@@ -441,14 +440,12 @@ def test_a_set_holds_cells_of_its_condition_and_controls_of_the_same_gem_groups(
     batch = data.SetSampler(shown, shown.conditions(), 16, seed=1).draw(0, range(40))
     assert batch.control.shape == batch.target.shape == (40, 16, 4)
     target, control = batch.target[..., 0].astype(int), batch.control[..., 0].astype(int)
-    assert (shown.perturbation[target] == batch.perturbation[:, None]).all()
-    assert (shown.perturbation[control] == 0).all()
-    assert (shown.cell_line[np.hstack([target, control])] == batch.cell_line[:, None]).all()
-    np.testing.assert_array_equal(shown.gem_group[target], batch.gem_group)
-    np.testing.assert_array_equal(shown.gem_group[control], batch.gem_group)
+    for rows, perturbation in ((target, batch.perturbation), (control, np.zeros(40))):
+        assert (shown.perturbation[rows] == perturbation[:, None]).all()
+        assert (shown.cell_line[rows] == batch.cell_line[:, None]).all()
+        np.testing.assert_array_equal(shown.gem_group[rows], batch.gem_group)
     assert all(len({*a}) == len({*b}) == 16 and not {*a} & {*b} for a, b in zip(target, control))
-    seen = set(zip(batch.cell_line.tolist(), batch.perturbation.tolist()))
-    assert seen == {*np.ndindex(2, 4)}                      # controls are a condition, too
+    assert {*zip(batch.cell_line, batch.perturbation)} == {*np.ndindex(2, 4)}      # controls are, too
     sampler = data.SetSampler(shown, shown.conditions(), 300, seed=0, controls_too=False)
     batch = sampler.draw(3, range(8))                       # of 30 cells, 200 controls: some repeat
     assert batch.target.shape == (8, 300, 4) and (batch.perturbation > 0).all()
