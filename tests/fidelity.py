@@ -107,15 +107,12 @@ def measure(models, at_test, draws, config, dataset, split, controls):
 
 
 def columns(results, label, draws=1):
-    """SW1, energy, r delta, ± their deviation over seeds, and two positions; deviation over draws."""
+    """SW1, energy, r delta, ± their deviation over seeds, and two positions."""
     values = [evaluate.average(results.values(label, metric), 1).reshape(-1, draws) for metric in METRICS]
     found = {row["metric"]: row for row in evaluate.summarise(results) if row["method"] == label}
     cells = [f"{value.mean():.3f}" + f" ± {evaluate.deviation(value.mean(1)):.3f}" * (len(value) > 1)
              for value in values]
-    positions = [f"{found[metric]['position'] + 0:.2f}" for metric in METRICS[:2]]
-    between = [f"{name} {value.std(1, ddof=1).mean():.4f}"
-               for name, value in zip(HEADER[1:], values) if draws > 1]
-    return cells + positions, ", ".join(between)
+    return cells + [f"{found[metric]['position'] + 0:.2f}" for metric in METRICS[:2]]
 
 
 def compared(values, first):
@@ -158,15 +155,12 @@ def run(arguments):
             trained[key] = [*models.values()]
         results = measure(trained[key], at_test, draws, config, dataset, split, controls)
         sw1 = evaluate.average(results.values("variant", "sw1"), 0)  # (C,)
-        cells, between = columns(results, "variant", draws)
-        print_row(label, *cells, "" if first is None else compared(sw1, first))
+        print_row(label, *columns(results, "variant", draws), "" if first is None else compared(sw1, first))
         first = sw1 if first is None else first
-        if between:
-            notes.append(f"Standard deviation over {draws} draws of one model: {between}.")
         if not more or "pool" in options:
             notes.append(f"{label}: {len(trained[key][0].pool)} genes in the retrieval pool.")
     for label in (evaluate.FLOOR, evaluate.COLLAPSE, evaluate.CEILING):
-        print_row(label, *columns(results, label)[0], "")
+        print_row(label, *columns(results, label), "")
     print("\n" + " ".join(notes))
 
 

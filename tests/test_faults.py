@@ -1,7 +1,7 @@
 """Bad input ends with one line that names the file and exit status 2, and leaves nothing half written."""
 import contextlib
-import inspect
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import h5py
@@ -21,17 +20,6 @@ from test_data import counts, edited, pack, stored, write, write_embeddings
 import data
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="needs the signals and pipes of POSIX")
-
-
-def write_as(kind, path):
-    storage = {} if kind == "dense" else {"compression": "gzip", "maxshape": (None,)}
-    return edited(write(path), stored(counts(), kind, **storage))
-
-
-def write_packed(path):
-    pack(write(path.with_name("cells")), path, genept=write_embeddings(path.with_name("e.npz")))
-    return path
 
 
 def run(command, *arguments):
@@ -101,25 +89,26 @@ FAULTS = {"dense": {
     "categories a group": ({CATEGORIES: None, f"{CATEGORIES}/a": [1]}, "unknown kind"),
     "control without a name": ({CATEGORIES: list("wxyz")}, "--control"),
     "two control names": ({CATEGORIES: ["control", "ctrl", "y", "z"]}, "be control or ctrl"),
+    "two perturbation columns": ({"obs/condition": list("AB") * 30}, "condition or gene"),
     "control without cells": ({CODES: np.arange(60) % 3}, "no control label"),
     "only controls": ({CODES: np.full(60, 3)}, "no perturbed cells"),
     "a link to another file": ({"uns/far": h5py.ExternalLink("other.h5", "X")}, "another file"),
     "values in another file": (
-        lambda file: file.create_dataset("uns/far", (3,), "f4", external=[("raw", 0, 12)]), "another file"),
+        {"far": lambda file: file.create_dataset(None, 3, "f4", external=[("raw", 0, 12)])}, "another file"),
     "a line break in a perturbation": ({CATEGORIES: ["AAA", "B\nB", "CCC", "control"]}, "'B\\nB'"),
     "an old packed file": ({("/", "format"): np.bytes_("ptrag-packed")}, "pack it again"),
     "an escape in a gene": ({"var/_index": [f"\x1b[{i}m" for i in range(12)]}, "control char"),
     "claims more than memory can hold": (
-        lambda file: file.move(CODES, "a") or file.create_dataset(CODES, 10 ** 12, "i8", chunks=True), "("),
+        {CODES: lambda file: file.create_dataset(None, 10 ** 12, "i8", chunks=True)}, "("),
 }, "csr": {
-    "one gene twice": (lambda file: file["X/indices"].__setitem__(1, file["X/indices"][0]), "sum_duplicates"),
+    "one gene twice": ({("X/indices", ...): 0}, "sum_duplicates"),
     "indptr falls": ({("X/indptr", 5): 2}, "indptr"),
     "indptr ends early": ({("X/indptr", 60): 10}, "indptr"),
     "indptr short": ({"X/indptr": np.arange(7)}, "indptr"),
     "fractional indptr": ({"X/indptr": np.linspace(0, 1, 61)}, "float64"),
     **{f"indices of {value}": ({("X/indices", 5): value}, f"indices run from {found}") for value, found in (
         (12, "0 to 12"), (-1, "-1 to 11"))},
-    "fewer indices": (lambda file: file["X/indices"].resize((9,)), "indices"),
+    "fewer indices": ({"X/indices": np.arange(9)}, "indices"),
     "no indices": ({"X/indices": None}, "indices"),
     "text in data": ({"X/data": np.full(int((counts() > 0).sum()), b"t")}, "numbers"),
     "NaN in data": ({("X/data", 7): np.nan}, "nan to nan"),
@@ -135,58 +124,32 @@ LATE = {"a value nan", "a value inf", "a value -1.0", "scaled", "X of 99.5", "Na
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in FAULTS for name in FAULTS[kind]])
 def test_a_file_with_a_fault_is_refused(tmp_path, kind, name):
     fault, needed = FAULTS[kind][name]
-    path = edited(write_as(kind, tmp_path / "x.h5ad"), fault)
+    path = edited(write(tmp_path / "x.h5ad"), {**stored(counts(), kind), **fault})
     refused(path, str(path), needed, commands=["pack"] if name in LATE else ["info", "pack"])
 
 
-@pytest.mark.parametrize("option, value, needed", [
-    ("--control", "nobody", "AAA"), ("--cell-line-column", "nowhere", "cell_line"),
-    ("--batch-column", "none", "gem_group"), ("--perturbation-column", "nothing", "gene"),
-    ("--genept", "absent.npz", "absent.npz")])
-def test_option_values_that_the_file_does_not_have_are_refused(tmp_path, option, value, needed):
-    refused(write(tmp_path / "x.h5ad"), value, needed, options=[option, value])
+def test_option_values_that_the_file_does_not_have_are_refused(tmp_path):
+    for option, value, needed in [
+            ("--control", "nobody", "AAA"), ("--cell-line-column", "nowhere", "cell_line"),
+            ("--batch-column", "none", "gem_group"), ("--perturbation-column", "nothing", "gene"),
+            ("--genept", "absent.npz", "absent.npz")]:
+        refused(write(tmp_path / "x.h5ad"), value, needed, options=[option, value])
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no", b"\x80\x04junk", b"\x89HDF\r\n\x1a\n", "bomb"])
-def test_damaged_embeddings_are_refused(tmp_path, monkeypatch, content):
-    embeddings = tmp_path / "e.npz"
-    if content == "bomb":                                   # inflates to more than a file of its size may
-        write_embeddings(embeddings, ["AAA"], np.zeros((1, 5 * 10 ** 7)))
-        monkeypatch.setattr(data, "MEMORY_TO_OPEN", 100_000_000)
-    else:
-        embeddings.write_bytes(content)
-    refused(write(tmp_path / "x.h5ad"), str(embeddings), options=["--genept", embeddings])
-
-
-def read_mutations(name, source, cells, folder, number):
-    """Reads mutation after mutation of a file; an error where one does not end cleanly."""
-    data.SECONDS_TO_OPEN, raw = 1, Path(source).read_bytes()
-    target, packed = os.path.join(folder, "mutated.toml"), os.path.join(folder, "packed.h5")
-    simulated, inputs = data.simulate(0, 2, 4, 6, 2, 3), [target]
-    if name in ("npz", "pickle"):
-        inputs = [cells, "--genept", target]
-    commands = [(data.command_line, ["info", *inputs]),
-                (data.command_line, ["pack", *inputs, "-o", packed, "--hvg", "5"])]
-    if name == "split":
-        commands, inputs = [(data.split, simulated, target)], [target, "simulated"]
-    for seed in range(int(number)):
-        draw, mutated = random.Random(seed), bytearray(raw)
-        if seed % 4 == 0:
-            mutated = mutated[:draw.randrange(len(raw))]
-        for _ in range((0, 1, 4, 16)[seed % 4]):
-            mutated[draw.randrange(len(raw))] ^= draw.randrange(1, 256)
-        Path(target).write_bytes(mutated)
-        for command in commands:
-            status, lines = run(*command)
-            named = lines and lines[0].startswith("error: ") and any(name in lines[0] for name in inputs)
-            expected = named and len(lines) == 1 if status == 2 else status == 0 and not lines
-            assert expected and {*os.listdir(folder)} <= {"mutated.toml", "packed.h5"}, (seed, status, lines)
+def test_damaged_embeddings_are_refused(tmp_path, monkeypatch):
+    bomb = write_embeddings(tmp_path / "e.npz", ["AAA"], np.zeros((1, 5 * 10 ** 7))).read_bytes()
+    monkeypatch.setattr(data, "MEMORY_TO_OPEN", 100_000_000)    # and 20 for each byte of a file
+    for content in (bomb, b"", b"PK\x03\x04 no", b"\x80\x04junk", b"\x89HDF\r\n\x1a\n"):
+        (tmp_path / "e.npz").write_bytes(content)
+        refused(write(tmp_path / "x.h5ad"), "e.npz", options=["--genept", tmp_path / "e.npz"])
 
 
 ROWS = {"AAA": [0.5, 1.0], "BBB": np.array([1.0, 2.0]), "CCC": (np.float64(3), 4)}
 SOURCES = {
-    "dense": partial(write_as, "dense"), "sparse": partial(write_as, "csr"), "npz": write_embeddings,
-    "packed": write_packed, "pickle": lambda path: path.write_bytes(pickle.dumps(ROWS)),
+    "dense": write, "sparse": lambda path: edited(write(path), stored(counts(), "csr", compression="gzip")),
+    "packed": lambda path: pack(write(path.with_name("cells")), path,
+                                genept=write_embeddings(path.with_name("e.npz"))),
+    "npz": write_embeddings, "pickle": lambda path: path.write_bytes(pickle.dumps(ROWS)),
     "split": lambda path: path.write_text(
         '[training]\na = "train"\n[zeroshot]\n"a.simA" = "val"\n[fewshot."a.simB"]\nval = ["GENE001"]\n'
         'test = ["GENE002", "GENE003"]\n')}
@@ -194,16 +157,36 @@ SOURCES = {
 
 @needs_fork
 @pytest.mark.parametrize("name", SOURCES)
-def test_mutations_of_a_file_are_read_or_refused_never_worse(tmp_path, name):
-    """In a process of its own, which may crash."""
-    source, cells = tmp_path / "source.npz", write(tmp_path / "x.h5ad")
-    number = os.environ.get("MUTATIONS", "60")
-    (tmp_path / "work").mkdir()
-    SOURCES[name](source)
-    script = "\n".join(["import contextlib, io, os, random, sys", "from pathlib import Path", "import data",
-                        *map(inspect.getsource, (run, read_mutations)), "read_mutations(*sys.argv[1:])"])
-    subprocess.run([sys.executable, "-c", script, name, source, cells, tmp_path / "work", number],
-                   cwd=ROOT, check=True, timeout=5 * int(number))      # what was wrong is on stderr
+def test_mutations_of_a_file_are_read_or_refused_never_worse(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(data, "SECONDS_TO_OPEN", 1)
+    folder, number = tmp_path / "work", int(os.environ.get("MUTATIONS", "60"))
+    folder.mkdir()
+    SOURCES[name](source := tmp_path / "source.npz")
+    raw, target = source.read_bytes(), str(folder / "mutated.toml")
+    inputs = [str(write(tmp_path / "x.h5ad")), "--genept", target] if name in ("npz", "pickle") else [target]
+    commands = [(data.command_line, ["info", *inputs]),
+                (data.command_line, ["pack", *inputs, "-o", str(folder / "packed.h5"), "--hvg", "5"])]
+    if name == "split":
+        commands, inputs = [(data.split, data.simulate(0, 2, 4, 6, 2, 3), target)], [target, "simulated"]
+
+    def read():
+        signal.alarm(5 * number)
+        for seed in range(number):
+            draw, mutated = random.Random(seed), bytearray(raw)
+            if seed % 4 == 0:
+                mutated = mutated[:draw.randrange(len(raw))]
+            for _ in range((0, 1, 4, 16)[seed % 4]):
+                mutated[draw.randrange(len(raw))] ^= draw.randrange(1, 256)
+            Path(target).write_bytes(mutated)
+            for command in commands:
+                status, lines = run(*command)
+                named = lines and lines[0].startswith("error: ") and any(name in lines[0] for name in inputs)
+                expected = named and len(lines) == 1 if status == 2 else status == 0 and not lines
+                assert expected and {*os.listdir(folder)} <= {"mutated.toml", "packed.h5"}, (seed, lines)
+    process = multiprocessing.get_context("fork").Process(target=read)  # which may crash
+    process.start()
+    process.join()
+    assert process.exitcode == 0                            # what was wrong is on stderr
 
 
 @needs_fork
@@ -218,20 +201,16 @@ def test_a_reader_that_hangs_crashes_or_takes_all_memory_is_an_error(tmp_path, m
         data.in_child(path, data.reading(path)(read))
 
 
-@pytest.mark.parametrize("limit", [0, 1000, 3000, 6000, 10_000, 9_000_000])
-def test_a_full_disk_while_packing_is_an_error_and_leaves_nothing(tmp_path, limit):
+def test_a_full_disk_while_packing_is_an_error_and_leaves_nothing(tmp_path):
     """A limit on the size of files stands for the full disk: writes beyond it fail in the same way."""
     resource = pytest.importorskip("resource")
-    path, output = write(tmp_path / "x.h5ad"), tmp_path / "out.h5"
-    result = subprocess.run([sys.executable, ROOT / "data.py", "pack", path, "-o", output], text=True,
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-                            capture_output=True)
-    *progress, last = result.stderr.splitlines()
-    assert all("packing: " in line for line in progress)
-    if result.returncode == 0:
-        assert output.stat().st_size <= limit
-    else:
-        assert result.returncode == 2 and str(output) in last and os.listdir(tmp_path) == ["x.h5ad"]
+    path, limits = write(tmp_path / "x.h5ad"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (10, 1000, 3000, 6000, 10_000, 8_000_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            refused(path, "out.h5", commands=["pack"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):
@@ -251,26 +230,11 @@ def test_one_process_writes_an_output_over_what_a_killed_one_left(tmp_path):
     assert os.listdir(tmp_path) == ["out.csv"] and (tmp_path / "out.csv").read_text() == "a\n"
 
 
-@needs_signals
-def test_an_output_that_nobody_reads_is_no_error(tmp_path):
-    path = write(tmp_path / "x.h5ad")
-    with subprocess.Popen([sys.executable, ROOT / "data.py", "info", path], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.wait(30) == 0 and process.stderr.read() == b""
-
-
-@needs_signals
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_packing_broken_off_leaves_nothing_behind(tmp_path, sent):
-    path = write(tmp_path / "x.h5ad")
-    script = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import data\n"
-              "blocks = data.row_blocks\n"
-              "def slow(*arguments):\n    print('writing', flush=True); time.sleep(9); yield from blocks()\n"
-              "data.row_blocks = slow; sys.exit(data.status_of(data.command_line, sys.argv[1:]))")
-    with subprocess.Popen([sys.executable, "-c", script, ROOT, "pack", path, "-o", tmp_path / "out.h5"],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(sent)
-        assert process.wait(8) == 130 and process.stderr.read() == "stopped\n"
-    assert os.listdir(tmp_path) == ["x.h5ad"]
+def test_packing_broken_off_leaves_nothing_behind(tmp_path, monkeypatch, sent):
+    def broken_off(matrix, blocks=data.row_blocks):
+        yield next(blocks(matrix))
+        signal.raise_signal(sent)
+    monkeypatch.setattr(data, "row_blocks", broken_off)
+    command = ["pack", str(write(tmp_path / "x.h5ad")), "-o", str(tmp_path / "out.h5")]
+    assert run(data.command_line, command) == (130, ["stopped"]) and os.listdir(tmp_path) == ["x.h5ad"]
