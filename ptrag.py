@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import csv
 import difflib
-import io
 import json
 import math
 import os
@@ -30,7 +29,6 @@ import re
 import signal
 import sys
 import time
-import timeit
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -844,6 +842,7 @@ def load_tensors(path, kind):
 def save_tensors(path, **content):
     """A file for `load_tensors`, atomically; made in memory, where torch cannot trip over a full disk."""
     import data
+    import io
     torch.save(content, buffer := io.BytesIO())
     with data.atomic_output(path) as temporary:
         Path(temporary).write_bytes(buffer.getvalue())
@@ -945,6 +944,7 @@ def log_row(config, step, sampler):
 def advise(step, left, forward, device):
     """Says what helps a run of hours, and where busy cores make several threads slower than one.
     step, left: seconds of a step, and to go; forward: passes a batch through the model, without gradient."""
+    import timeit
     import data
     if left > 3600:
         data.say(f"at this speed all methods together train for {left / 3600:.1f} hours; less: --steps, "

@@ -149,6 +149,8 @@ def test_dropout_keeps_the_share_it_says_and_the_mean():
         kept = torch.stack([ptrag.dropout_mask((50, 49), p) for _ in range(400)])
         assert kept.unique().tolist() == [0, 1]
         assert kept.float().mean().item() == pytest.approx(1 - p, abs=1e-3)  # 26/256 is too far from 0.1
+    with pytest.raises(ValueError, match="0.91: must be from 0 to 0.9"):
+        ptrag.Selector(16, dropout=0.91)
     selector, inputs = ptrag.Selector(16, dropout=0.5), (*pairs(3, 4, 16), torch.rand(1, 3, 4))
     noisy, plain = (selector.train(mode).score(*(part.repeat_interleave(2000, 0) for part in inputs))
                     for mode in (True, False))
@@ -318,7 +320,7 @@ def test_a_group_fits_the_cache_or_is_as_asked_for_and_draws_by_seed_step_and_it
 
 def test_the_weights_kept_are_those_with_the_best_validation_and_retrieve_training_genes(tmp_path, simulated):
     split, _, model = trained(tmp_path, simulated, "perturbation:0", seed=1, top_k=3, steps=12,
-                              validate_every=3, lr=0.05, group_cells=24)
+                              validate_every=3, lr=0.2, group_cells=24)
     assert set(model.pool.tolist()) == {p for _, p in split.train}
     _, inputs, target = drawn(simulated, split.validation, 4, controls_too=False)
     energy = ptrag.energy_distance(model.eval()(*inputs)[0], target).mean().item()
