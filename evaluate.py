@@ -841,7 +841,8 @@ def write_predictions(folder, models, dataset, split, config):
                     raise ptrag.Diverged(f"{name}: predicts no finite numbers; train with a smaller --lr")
                 names, nothing = (*name.rsplit("-", 1), *names_of(dataset, condition)), math.nan
                 if chance is not None:
-                    chances = np.round(chance) if config.select == "threshold" else chance
+                    hard = config.select == "threshold" and model.config.method != "ptrag-expected"
+                    chances = np.round(chance) if hard else chance
                     nothing = (1 - chances).prod(1)
                     used = *ptrag.used_candidates(model, names[3], chance).values(), (chance > 0.5).mean(0)
                     report.extend((*names, rank, *row) for rank, row in enumerate(zip(*used), start=1))
@@ -1086,7 +1087,11 @@ def run(arguments):
     files = [options.real, options.pred]
     ptrag.require(options.runs and not any(files) or not options.runs and all([*files, options.out]),
                   "give run folders, or --real REAL.h5ad --pred PRED.h5ad -o OUT/")
-    ptrag.require(not options.export or len(options.runs) == 1, "--export takes one run")
+    ptrag.require(not options.export or len(options.runs) == 1 and not options.out, "--export takes one run")
+    ptrag.require(len({*map(Path.resolve, options.runs)}) == len(options.runs), "a run is given twice")
+    for f in shared:  # a run has its own
+        ptrag.require(not options.runs or getattr(options, f.name) == f.default,
+                      f"{ptrag.flag(f.name)}: goes with --real and --pred")
     ptrag.check(ptrag.Config(**{f.name: getattr(options, f.name) for f in shared}))
     if not options.runs:
         return evaluate_files(options)

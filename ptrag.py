@@ -642,6 +642,8 @@ def add_perturbations(model, names, embeddings):
         require(name not in model.perturbations, f"the model knows the perturbation {name} already")
     require(model.config.method != "state", "state predicts only genes of its data: use another --method")
     new = torch.as_tensor(np.asarray(embeddings), dtype=torch.float32, device=model.embeddings.device)
+    require(new.shape[1:] == model.embeddings.shape[1:],
+            f"embeddings {tuple(new.shape)}: the model's have {model.embeddings.shape[1]} numbers a gene")
     model.embeddings, model.perturbations = torch.cat([model.embeddings, new]), [*model.perturbations, *names]
     if model.retrieves:
         candidates, similarity, P = model.candidates, model.similarity, len(model.candidates)
@@ -780,6 +782,7 @@ def check(config):
 def read_config(run):
     """The Config of runs/NAME. InputError if its config.json is not one."""
     path = Path(run) / "config.json"
+    require(path.is_file(), f"{run}: not the folder of a run (no config.json in it)")
     try:
         return check(Config(**json.loads(path.read_text())))
     except (OSError, TypeError, ValueError, RecursionError) as error:
@@ -1077,7 +1080,8 @@ def open_prediction(config):
     which is that of --data or of the run, and the files that are read."""
     stored, method = read_config(config.model), None if config.method == Config.method else config.method
     model = load(config.model, method).to(device_of(config))
-    model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
+    select = config.select if config.select != Config.select and stored.select != "all" else stored.select
+    model.config = replace(model.config, select=select)  # as in its test, unless told
     source = replace(config, hvg=10**6) if config.data else stored  # all its genes, the model's among them
     kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""  # it may be gone
     source = check(replace(source, genept=config.genept or kept))
@@ -1087,7 +1091,7 @@ def open_prediction(config):
     new = [gene for gene in genes if gene not in known]
     for gene in new:
         require(gene in embedded, f"--predict {gene}: no embedding in the model or in {dataset.name}; "
-                "--genept FILE adds some", gene, [*known, *embedded])
+                "more are in the file of --genept, if any", gene, [*known, *embedded])
     if new:
         add_perturbations(model, new, [embedded[gene] for gene in new])
     return model, genes, dataset, [source.data, source.genept, *Path(config.model).glob("*")]
@@ -1108,7 +1112,8 @@ def run_prediction(config):
     with contextlib.suppress(OSError, KeyError, ValueError), open(Path(config.model) / "summary.csv") as file:
         position = {(row["method"], row["metric"]): row["position"] for row in csv.DictReader(file)}
         notes.append(f"{config.model}: in its test {method} stood at {float(position[method, 'sw1']):.2f} on "
-                     "SW1 (0: as far from real cells as no change, 1: as near as other real cells)")
+                     f"SW1 (0: as far from real cells as no change, 1: as near as other real cells), with "
+                     f"--select {read_config(config.model).select}")
     data.say("\n".join([*dataset.notes, *notes]))
 
     def blocks():

@@ -327,7 +327,7 @@ def test_predict_writes_genes_perturbed_in_the_data_or_not_and_names_what_change
     file = made(SHORT) / "out.h5ad"
     assert run(file.parent, PREDICT, f"--predict GENE003,{new} --cell-line SIMb --cells 30") == 0
     printed = capsys.readouterr().out
-    assert f"{new} in simB" in printed and "in its test ptrag stood at" in printed
+    assert f"{new} in simB" in printed and re.search("in its test ptrag stood at .*--select expected", printed)
     assert printed.count("changes most") == printed.count("neighbours used") == 2
     obs = data.read_obs(file, ["control_cell", "perturbation", "cell_line"])
     assert list(obs["perturbation"]) == ["GENE003"] * 30 + [new] * 30 and set(obs["cell_line"]) == {"simB"}
@@ -341,6 +341,16 @@ def test_predict_writes_genes_perturbed_in_the_data_or_not_and_names_what_change
     assert len(cells) == 3
     assert run(file.parent, PREDICT, "--predict all --method state") == 0
     assert len(matrix(file)) == 14 * 5
+
+
+def test_predict_selects_as_the_run_was_tested_unless_told(copy):
+    cells = []
+    for run_select, told in (("expected", "--select sample"), ("sample", "--seed 0"),
+                             ("sample", "--select threshold")):
+        changed_config(copy, select=run_select)
+        assert run(copy, PREDICT, "--cells 20", told) == 0
+        cells.append(matrix(copy / "out.h5ad").tobytes())
+    assert cells[0] == cells[1] != cells[2]
 
 
 def test_controls_of_a_new_file_are_aligned_by_gene_when_the_old_has_gone(copy, simulated, refused, capfd):

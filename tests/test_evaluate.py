@@ -469,7 +469,9 @@ def test_wrong_files_and_options_end_with_one_line_and_status_2_and_leave_nothin
             (words("fewer"), "g0"), (words("doubled"), "g1"), (words("controls"), "no condition"),
             (words("text"), "text.h5ad"), (words("absent"), "absent"), (["no-such-run"], "no-such-run"),
             ([], "give run folders"), (["--real", "x"], "-o OUT/"), (["runs/a", "--pred", "y"], "give run"),
-            (["runs/a", "runs/b", "--export", "x"], "one run"), (words("a", "--max-cells", 1), "--max-cells"),
+            (["runs/a", "runs/b", "--export", "x"], "one run"),
+            (["runs/a", "runs/./a"], "twice"), (["runs/a", "--max-cells", 5], "--max-cells: goes"),
+            (words("a", "--max-cells", 1), "--max-cells"),
             (words("a", "--hvg", 0), "--hvg"), (words("a", "--seed", -1), "--seed"),
             (words("a", "--seed", 2**31), "--seed")]:
         assert said in error_of(capsys, *arguments)

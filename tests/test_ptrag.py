@@ -360,8 +360,9 @@ def test_a_gene_taught_later_is_predicted_like_the_one_with_its_embedding_or_dra
     before, embedding = drawing.candidates.clone(), known.embeddings[5:6].numpy()
     for model in (known, drawing):
         ptrag.add_perturbations(model, ["NEW"], embedding)
-        with pytest.raises(ptrag.InputError, match="already"):
-            ptrag.add_perturbations(model, ["NEW"], embedding)
+        for name, wrong, said in (("NEW", embedding, "already"), ("OTHER", embedding[:, 1:], "have 10 ")):
+            with pytest.raises(ptrag.InputError, match=said):
+                ptrag.add_perturbations(model, [name], wrong)
     control = np.random.default_rng(0).random((10, 20), np.float32)
     assert np.array_equal(*(ptrag.predict(known, control, gene).cells for gene in ("NEW", "p5")))
     with pytest.raises(ptrag.InputError, match="did you mean"):
