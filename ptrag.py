@@ -822,6 +822,8 @@ def configure(arguments):
         fits = name in FOR_PREDICTION if predicts else name not in ("cell_line", "model", "output")
         require(fits, f"{flag(name)} {value}: goes {'without' if predicts else 'with'} --predict GENE,GENE")
     defaults = {"cells": 500} if predicts else {} if "data" in given else DEMO
+    if predicts and given.get("model"):  # selected as in its test, unless told
+        defaults["select"] = read_config(given["model"]).select
     return check(replace(Config(), **{**defaults, **PRESETS.get(given.get("preset"), {}), **given})), None
 
 
@@ -1080,8 +1082,7 @@ def open_prediction(config):
     which is that of --data or of the run, and the files that are read."""
     stored, method = read_config(config.model), None if config.method == Config.method else config.method
     model = load(config.model, method).to(device_of(config))
-    select = config.select if config.select != Config.select and stored.select != "all" else stored.select
-    model.config = replace(model.config, select=select)  # as in its test, unless told
+    model.config = replace(model.config, select="all" if stored.select == "all" else config.select)
     source = replace(config, hvg=10**6) if config.data else stored  # all its genes, the model's among them
     kept = stored.genept if not config.data or Path(stored.genept).is_file() else ""  # it may be gone
     source = check(replace(source, genept=config.genept or kept))
